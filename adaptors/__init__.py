@@ -1,0 +1,4 @@
+"""From the student's space into a teacher's."""
+
+if __name__ == "adaptors":
+    raise ImportError("import agglom.adaptors, not adaptors: this folder is part of the agglom package")

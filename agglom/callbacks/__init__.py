@@ -1,0 +1,1 @@
+"""Lightning callbacks: progress with throughput and data wait, weight EMA, the run directory."""

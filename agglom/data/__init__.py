@@ -1,0 +1,1 @@
+"""Shards, views, the data module and the embedded data set."""

@@ -1,0 +1,18 @@
+"""Errors a user can mend: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names the key or path, the value, the valid set and the fix, on one line."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`valid: a, b, c (did you mean b?)`, for the end of a message."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    return f"valid: {shown or 'none'}" + (f" (did you mean {close[0]}?)" if close else "")

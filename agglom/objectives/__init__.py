@@ -1,0 +1,1 @@
+"""Per-image losses: (prediction, target) -> (B,). One family a file."""

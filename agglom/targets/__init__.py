@@ -1,0 +1,1 @@
+"""What becomes of a teacher's output before a loss sees it: normalisers."""
