@@ -1,1 +1,26 @@
-"""Shards, views, the data module and the embedded data set."""
+"""Shards, views, the data module and the embedded data set.
+
+The names below load on first use: a shard writer's worker processes should not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LAZY = {
+    "Index": "agglom.data.index",
+    "ShardInfo": "agglom.data.index",
+    "read_index": "agglom.data.index",
+    "write_index": "agglom.data.index",
+    "write_shard": "agglom.data.shards",
+}
+
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'agglom.data' has no attribute {name!r}")

@@ -1,0 +1,254 @@
+"""`index.json`: what a shard folder holds, so that nobody has to open a tar to know.
+
+```json
+{"format": "agglom-shards", "version": 1, "licence": "MIT", "source": "...", "language": "en",
+ "classes": ["cat", "dog"], "seg_classes": null, "extra": {},
+ "splits": {"train": {"count": 200, "fields": ["cls", "image"],
+                      "shards": [{"file": "train-000000.tar", "count": 100}, ...]}}}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Mapping, NamedTuple, Sequence
+
+from agglom.errors import UserError, nearest
+
+FORMAT, VERSION = "agglom-shards", 1
+INDEX_NAME = "index.json"
+
+# field of a decoded sample -> extensions it is stored under; a sample key holds no dot, so the first one ends it
+EXTENSIONS: dict[str, tuple[str, ...]] = {
+    "image": ("jpg", "jpeg", "png", "webp"),
+    "cls": ("cls",),
+    "txt": ("txt",),
+    "seg": ("seg.png",),
+    "boxes": ("boxes.json",),
+}
+
+
+class ShardInfo(NamedTuple):
+    """One tar of a split: its file, relative to the root (or an address of its own), and its number of samples."""
+
+    file: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a shard folder says of itself.
+
+    Attributes:
+        root: the folder or address it was read from.
+        splits: split -> its shards, in order.
+        fields: split -> the fields that its samples have: any of image, cls, txt, seg, boxes.
+        classes: names of `cls`, by number, or None.
+        seg_classes: names of the values of `seg`, by number (255 is "ignore" and has no name), or None.
+        language: of the captions, for example "en", or None.
+        licence, source: of the data, in words.
+        extra: what the writer wanted to add.
+    """
+
+    root: str
+    splits: Mapping[str, tuple[ShardInfo, ...]]
+    fields: Mapping[str, tuple[str, ...]]
+    classes: tuple[str, ...] | None = None
+    seg_classes: tuple[str, ...] | None = None
+    language: str | None = None
+    licence: str = "unknown"
+    source: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Split -> its number of samples."""
+        return {split: sum(shard.count for shard in shards) for split, shards in self.splits.items()}
+
+    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+        """The shards of one split.
+
+        Raises:
+            UserError: no such split.
+        """
+        if split not in self.splits:
+            raise UserError(f"{self.root}: no split {split!r}; {nearest(split, self.splits)}")
+        return self.splits[split]
+
+    def url(self, shard: ShardInfo) -> str:
+        """Where the shard can be opened."""
+        return join(self.root, shard.file)
+
+
+def is_remote(address: str) -> bool:
+    """True for `pipe:COMMAND` and `scheme://...`, false for a path on this machine."""
+    return address.startswith("pipe:") or ("://" in address and not address.startswith("file://"))
+
+
+def join(root: str, file: str) -> str:
+    """The address of `file` under `root`. A `pipe:` root has `{}` for the file: `pipe:aws s3 cp s3://b/d/{} -`."""
+    if is_remote(file) or os.path.isabs(file):
+        return file
+    if root.startswith("pipe:"):
+        return root.replace("{}", file)
+    return f"{root.rstrip('/')}/{file}" if is_remote(root) else os.path.join(root.removeprefix("file://"), file)
+
+
+def open_read(address: str) -> IO[bytes]:
+    """Open a local path, a `pipe:` command (webdataset) or any address that fsspec knows, for reading bytes."""
+    if address.startswith("pipe:"):
+        from webdataset.gopen import gopen  # reads the exit status of the command, which a bare Popen forgets
+
+        return gopen(address)
+    if not is_remote(address):
+        return open(address, "rb")
+    import fsspec
+
+    return fsspec.open(address, "rb").open()
+
+
+def write_index(
+    root: Path | str,
+    splits: Mapping[str, Sequence[ShardInfo]],
+    *,
+    classes: Sequence[str] | None = None,
+    seg_classes: Sequence[str] | None = None,
+    language: str | None = None,
+    licence: str = "unknown",
+    source: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `root/index.json` (atomically) for shards that are already there.
+
+    Args:
+        root: the shard folder.
+        splits: split -> its shards. What fields a split has is read from its first sample.
+        classes, seg_classes, language, licence, source, extra: see `Index`.
+
+    Returns:
+        The path of the index.
+
+    Raises:
+        UserError: a shard is missing, or the folder can't be written.
+    """
+    root = Path(root)
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "licence": licence,
+        "source": source,
+        "language": language,
+        "classes": list(classes) if classes is not None else None,
+        "seg_classes": list(seg_classes) if seg_classes is not None else None,
+        "extra": dict(extra or {}),
+        "splits": {
+            split: {
+                "count": sum(shard.count for shard in shards),
+                "fields": _stored_fields(root, shards),
+                "shards": [{"file": shard.file, "count": shard.count} for shard in shards],
+            }
+            for split, shards in splits.items()
+        },
+    }
+    path = root / INDEX_NAME
+    scratch = root / f".{INDEX_NAME}.{os.getpid()}.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as err:
+        raise UserError(f"{path}: can't be written ({err.strerror or err}); choose another --out") from err
+    return path
+
+
+def read_index(root: Path | str) -> Index:
+    """Read the index of a shard folder and check that its shards are there.
+
+    Args:
+        root: a folder, or an address that fsspec or webdataset can open (`s3://`, `gs://`, `https://`, `pipe:`).
+
+    Raises:
+        UserError: no such folder, no index, not an index, or shards that are missing or empty on disk.
+    """
+    root = os.fspath(root)
+    address = join(root, INDEX_NAME)
+    if not is_remote(root) and not os.path.isdir(root.removeprefix("file://")):
+        raise UserError(f"{root}: no such shard folder; write one with `agglom data ... --out {root}`")
+    try:
+        with open_read(address) as stream:
+            body = json.loads(stream.read())
+    except FileNotFoundError as err:
+        raise UserError(
+            f"{root}: not a shard folder, it has no {INDEX_NAME}; write one with `agglom data ...`"
+        ) from err
+    except ValueError as err:  # json and unicode
+        raise UserError(f"{address}: not readable as JSON ({err}); write the shards again") from err
+    except Exception as err:  # fsspec backends raise what they like
+        raise UserError(f"{address}: can't be read ({type(err).__name__}: {_one_line(err)})") from err
+    index = _parse(root, address, body)
+    if not is_remote(root):
+        _check_files(index)
+    return index
+
+
+def _parse(root: str, address: str, body: Any) -> Index:
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise UserError(f"{address}: not a shard index ('format' is not {FORMAT!r}); write it with `agglom data ...`")
+    if body.get("version") != VERSION:
+        raise UserError(f"{address}: version {body.get('version')!r}; this agglom reads version {VERSION}")
+    try:
+        return Index(
+            root=root,
+            splits={
+                split: tuple(ShardInfo(str(shard["file"]), int(shard["count"])) for shard in entry["shards"])
+                for split, entry in body["splits"].items()
+            },
+            fields={split: tuple(entry["fields"]) for split, entry in body["splits"].items()},
+            classes=tuple(body["classes"]) if body.get("classes") is not None else None,
+            seg_classes=tuple(body["seg_classes"]) if body.get("seg_classes") is not None else None,
+            language=body.get("language"),
+            licence=body.get("licence", "unknown"),
+            source=body.get("source", ""),
+            extra=body.get("extra") or {},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise UserError(f"{address}: broken shard index ({type(err).__name__}: {err}); write the shards again") from err
+
+
+def _check_files(index: Index) -> None:
+    shards = [shard for split in index.splits.values() for shard in split if not is_remote(shard.file)]
+    missing = [shard.file for shard in shards if not os.path.isfile(index.url(shard))]
+    if missing:
+        raise UserError(
+            f"{index.root}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; write them again"
+        )
+    empty = [shard.file for shard in shards if shard.count and os.path.getsize(index.url(shard)) == 0]
+    if empty:
+        raise UserError(
+            f"{index.root}: {len(empty)} of {len(shards)} shards are empty files, first {empty[0]}; write them again"
+        )
+
+
+def _stored_fields(root: Path, shards: Sequence[ShardInfo]) -> list[str]:
+    """The fields of the first sample of the first shard that has one."""
+    for shard in shards:
+        if shard.count == 0:
+            continue
+        try:
+            with tarfile.open(root / shard.file) as tar:
+                names = [(tar.next() or tarfile.TarInfo()).name]
+                while (member := tar.next()) is not None and member.name.split(".")[0] == names[0].split(".")[0]:
+                    names.append(member.name)
+        except (OSError, tarfile.TarError) as err:
+            raise UserError(f"{root / shard.file}: not a readable shard ({_one_line(err)}); write it again") from err
+        stored = {name.partition(".")[2] for name in names}
+        return sorted(name for name, extensions in EXTENSIONS.items() if stored.intersection(extensions))
+    return []
+
+
+def _one_line(err: BaseException) -> str:
+    return " ".join(str(err).split())
