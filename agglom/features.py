@@ -84,12 +84,14 @@ class Dims:
         spatial: C of the feature map, or None.
         tokens: K, how many summary tokens (students; 1 for teachers).
         depth: how many blocks can be tapped (students; 0 for teachers).
+        taps: (summary width, spatial width) of each block that can be tapped, first to last (students).
     """
 
     summary: int | None
     spatial: int | None
     tokens: int = 1
     depth: int = 0
+    taps: tuple[tuple[int, int], ...] = ()
 
 
 @runtime_checkable

@@ -1,0 +1,172 @@
+"""Any timm model as the student, so that the result loads without agglom."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import timm
+from torch import Tensor, nn
+
+from agglom.errors import UserError, nearest
+from agglom.features import Dims, InputSpec, StudentFeatures, prepare
+
+from .base import Student
+
+
+class TimmStudent(Student):
+    """A timm ViT or CNN by name.
+
+    A ViT's summary tokens are its class token followed by registers (timm's own `reg_tokens`), so the export stays a
+    plain timm model: token 0 is the class token, tokens 1..K-1 the first registers. A CNN has one summary, its pooled
+    features.
+
+    Args:
+        name: timm model name, as in `timm.list_models()`.
+        summary_tokens: K. 1 (all teachers read the same token, as in UNIC) or one for each teacher that has a summary
+            (as in AM-RADIO). CNNs: 1.
+        registers: further tokens without a loss of their own (ViTs).
+        pretrained: start from timm's weights (needs the hub or a local cache).
+        checkpoint: a local safetensors or PyTorch file to start from.
+        kwargs: passed to `timm.create_model`: `img_size`, `patch_size`, `depth`, `drop_path_rate`, ...
+        mean: per-channel mean on the [0, 1] scale; default is the model's own.
+        std: per-channel standard deviation; default is the model's own.
+        grad_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        UserError: unknown name, more than one summary token on a CNN, a model that timm cannot build or load.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        summary_tokens: int = 1,
+        registers: int = 0,
+        pretrained: bool = False,
+        checkpoint: str | None = None,
+        kwargs: dict[str, Any] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        options = dict(kwargs or {})
+        prefix = summary_tokens - 1 + registers
+        if prefix:
+            options.setdefault("reg_tokens", prefix)
+        self.name, self.options = name, options
+        self.backbone = _build(name, pretrained=pretrained, checkpoint=checkpoint, options=options)
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing(True)
+        self.tokens = summary_tokens
+        self.is_vit = hasattr(self.backbone, "num_prefix_tokens") and hasattr(self.backbone, "blocks")
+        if self.is_vit and self.backbone.num_prefix_tokens < summary_tokens:
+            raise UserError(
+                f"student.summary_tokens: {summary_tokens} > {self.backbone.num_prefix_tokens} prefix tokens of {name}; "
+                f"set summary_tokens to at most that, or kwargs.class_token: true"
+            )
+        if not self.is_vit and summary_tokens != 1:
+            raise UserError(f"student.summary_tokens: {summary_tokens}; valid for the CNN {name}: 1 (its pooled features)")
+        self.input = self._input(mean, std)
+        self._name_taps()
+
+    def _input(self, mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None) -> InputSpec:
+        """The model's own contract; a ViT with a fixed grid has a fixed size, others take any multiple of the stride."""
+        cfg = timm.data.resolve_model_data_config(self.backbone)
+        size = None
+        if self.is_vit:
+            embed = self.backbone.patch_embed
+            stride = int(embed.feat_ratio(as_scalar=True))
+            if not getattr(self.backbone, "dynamic_img_size", False):
+                size = tuple(embed.img_size)
+        else:
+            stride = int(self.backbone.feature_info[-1]["reduction"])
+        interpolation = cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+        return InputSpec(tuple(mean or cfg["mean"]), tuple(std or cfg["std"]), size, stride, interpolation)
+
+    def _name_taps(self) -> None:
+        """Blocks that can be tapped, with the widths of each, first to last."""
+        width = self.backbone.num_features
+        if self.is_vit:
+            self.tap_names = tuple(f"blocks.{i}" for i in range(len(self.backbone.blocks)))
+            widths = [width] * len(self.tap_names)
+        else:
+            info = list(self.backbone.feature_info)
+            self.tap_names = tuple(str(level["module"]) for level in info)
+            widths = [int(level["num_chs"]) for level in info]
+        self.dims = Dims(
+            summary=getattr(self.backbone, "head_hidden_size", width) if not self.is_vit else width,
+            spatial=width,
+            tokens=self.tokens,
+            depth=len(self.tap_names),
+            taps=tuple((w, w) for w in widths),
+        )
+
+    def forward(self, images: Tensor, taps: Sequence[str] = ()) -> StudentFeatures:
+        """images (B, 3, H, W) in [0, 1] -> StudentFeatures; `taps` are names from `tap_names`."""
+        pixels = prepare(images, self.input)
+        indices = [self.tap_names.index(tap) for tap in taps]
+        return self._vit(pixels, taps, indices) if self.is_vit else self._cnn(pixels, taps, indices)
+
+    def _vit(self, pixels: Tensor, taps: Sequence[str], indices: list[int]) -> StudentFeatures:
+        prefix = self.backbone.num_prefix_tokens
+        grid = self.backbone.patch_embed.dynamic_feat_size(tuple(pixels.shape[-2:]))
+        if indices:
+            tokens, blocks = self.backbone.forward_intermediates(
+                pixels, indices=indices, return_prefix_tokens=True, output_fmt="NLC"
+            )
+        else:
+            tokens, blocks = self.backbone.forward_features(pixels), []
+
+        def as_map(patches: Tensor) -> Tensor:  # a view: (B, H*W, C) -> (B, C, H, W)
+            return patches.transpose(1, 2).unflatten(2, grid)
+
+        tapped = {  # forward_intermediates answers in block order, whatever order was asked for
+            self.tap_names[i]: (first[:, : self.tokens], as_map(patches))
+            for i, (patches, first) in zip(sorted(indices), blocks, strict=True)
+        }
+        return StudentFeatures(tokens[:, : self.tokens], as_map(tokens[:, prefix:]), {t: tapped[t] for t in taps})
+
+    def _cnn(self, pixels: Tensor, taps: Sequence[str], indices: list[int]) -> StudentFeatures:
+        if indices:
+            spatial, blocks = self.backbone.forward_intermediates(pixels, indices=indices)
+        else:
+            spatial, blocks = self.backbone.forward_features(pixels), []
+        summary = self.backbone.forward_head(spatial, pre_logits=True)
+        if spatial.shape[1] != self.dims.spatial:  # Swin-like models answer channels last
+            spatial = spatial.permute(0, 3, 1, 2)
+        tapped = {self.tap_names[i]: (x.mean((2, 3)).unsqueeze(1), x) for i, x in zip(sorted(indices), blocks, strict=True)}
+        return StudentFeatures(summary.unsqueeze(1), spatial, {t: tapped[t] for t in taps})
+
+    def no_weight_decay(self) -> set[str]:
+        """Names (relative to this module) that weight decay leaves alone: position embeddings and prefix tokens."""
+        names = set(self.backbone.no_weight_decay()) if hasattr(self.backbone, "no_weight_decay") else set()
+        return {f"backbone.{name}" for name in names | {"pos_embed", "cls_token", "reg_token"}}
+
+
+def _build(name: str, *, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> nn.Module:
+    if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
+        raise UserError(f"student.name: {name!r}; {nearest(name, timm.list_models())}")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        if checkpoint:
+            state = timm.models.load_state_dict(checkpoint, weights_only=True)
+            missing, unexpected = model.load_state_dict(state, strict=False)
+            left = [key for key in unexpected if not key.startswith(("head", "classifier", "fc"))]
+            if missing or left:
+                raise RuntimeError(f"{checkpoint} lacks {missing[:3]} and has unknown {left[:3]}")
+    except (TypeError, FileNotFoundError, RuntimeError, OSError, AssertionError) as err:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise UserError(f"student {name} with kwargs {options}: {reason}") from err
+    return model
+
+
+def attend_plainly(module: nn.Module) -> None:
+    """Use the matmul-softmax-matmul form of attention in every timm block below `module`.
+
+    For training on a CPU: the fused kernel's backward is up to 5 times slower there in bf16, and its forward is no
+    faster at the lengths where a CPU is used.
+    """
+    for child in module.modules():
+        if getattr(child, "fused_attn", False) is True:
+            child.fused_attn = False
