@@ -1,25 +1,52 @@
-"""What every adaptor promises."""
+"""What every adaptor promises, and the token layout that they share."""
 
 from __future__ import annotations
 
 from typing import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from agglom.features import Features, StudentFeatures
+from agglom.errors import UserError
+from agglom.features import Dims, Features, StudentFeatures, align
 
 
 class Adaptor(nn.Module):
     """Maps a student's features into one teacher's space.
 
-    Built as `SomeAdaptor(student_dims, teacher_dims, token=k, **options)`, where `token` says which of the student's
-    K summary tokens is this teacher's.
+    Built as `SomeAdaptor(student, teacher, token, tap_names, **options)`. A subclass implements `project`, which works
+    at the student's own grid; `forward` aligns its output, so that the order (head, then align) is the same everywhere.
+    No adaptor holds state of the backbone: dropping one changes nothing else.
+
+    Args:
+        student: widths, tokens and depth of the student.
+        teacher: widths of the teacher; None where it has no summary or no feature map.
+        token: which of the student's K summary tokens is this teacher's.
+        tap_names: the student's blocks that can be tapped, first to last.
 
     Attributes:
-        taps: names of the student blocks that it reads beside the last one.
+        taps: names of the student blocks that it reads beside the student's output.
+
+    Raises:
+        UserError: the token does not exist, or the teacher gives something that the student has no features for.
     """
 
     taps: Sequence[str] = ()
+
+    def __init__(self, student: Dims, teacher: Dims, token: int = 0, tap_names: Sequence[str] = ()) -> None:
+        super().__init__()
+        if not 0 <= token < student.tokens:
+            raise UserError(
+                f"token: {token}; the student has {student.tokens} summary tokens, valid: 0 to {student.tokens - 1}; "
+                f"lower it or give the student more"
+            )
+        for kind in ("summary", "spatial"):
+            if getattr(teacher, kind) is not None and getattr(student, kind) is None:
+                raise UserError(
+                    f"{kind}: the teacher's is {getattr(teacher, kind)} wide and the student gives none; "
+                    f"take a student that does, or leave it out of the teacher"
+                )
+        self.student, self.teacher, self.token, self.tap_names = student, teacher, token, tuple(tap_names)
 
     def forward(self, student: StudentFeatures, grid: tuple[int, int] | None = None) -> Features:
         """Predict the teacher's features.
@@ -27,9 +54,59 @@ class Adaptor(nn.Module):
         Args:
             student: the student's features.
             grid: (H, W) of the teacher's map; the head runs at the student's grid and its output is aligned to this
-                one. None keeps the student's grid.
+                one. None keeps the student's grid (times the head's own upsampling, where it has one).
 
         Returns:
             summary (B, D_t) or None, spatial (B, C_t, H, W) or None.
         """
+        summary, spatial = self.project(student)
+        return Features(summary, spatial if spatial is None or grid is None else align(spatial, grid))
+
+    def project(self, student: StudentFeatures) -> Features:
+        """The heads alone, at the student's grid. The subclass's only duty beside `last_linears`."""
         raise NotImplementedError
+
+    def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
+        """The layers whose output is the prediction: {"summary": layer or None, "spatial": layer or None}.
+
+        A normaliser folds itself into them (`fold`). Each has a bias. Where a head upsamples by u, its layer has
+        u * u * C_t outputs: u * u groups of C_t, a group being one place of the u x u cell.
+        """
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def fold(layer: nn.Linear | nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
+    """Replace a layer's output y by `matrix @ y + offset`, exactly, in its weights (computed in float64).
+
+    Args:
+        layer: a Linear or 1x1 convolution with bias and g * C outputs (see `Adaptor.last_linears`).
+        matrix: (C, C) or, for a diagonal, (C,).
+        offset: (C,).
+    """
+    matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
+    theta = matrix.to(layer.weight.device, torch.float64)
+    width = theta.shape[0]
+    weight = layer.weight.double().reshape(-1, width, layer.weight[0].numel())  # (g, C, in)
+    layer.weight.copy_((theta @ weight).reshape(layer.weight.shape))
+    bias = layer.bias.double().reshape(-1, width) @ theta.T + offset.to(theta)
+    layer.bias.copy_(bias.flatten())
+
+
+def to_tokens(spatial: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C). Free for a ViT's map, which is a permuted view of its tokens."""
+    return spatial.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), a view."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+
+
+def spread_cells(tokens: Tensor, grid: Sequence[int], factor: int) -> Tensor:
+    """(B, H * W, u * u * C) -> (B, C, u * H, u * W): every token becomes a cell of u x u, u = `factor`."""
+    if factor == 1:
+        return to_map(tokens, grid)
+    height, width = grid
+    cells = tokens.unflatten(2, (factor, factor, -1)).unflatten(1, (height, width))  # (B, H, W, u, u, C)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height * factor, width * factor)

@@ -147,4 +147,6 @@ def align(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
     if here == tuple(grid):
         return spatial
     shrinks = grid[0] < here[0] or grid[1] < here[1]
+    if shrinks and spatial.device.type == "cpu" and spatial.element_size() < 4:  # torch has no such kernel
+        return align(spatial.float(), grid).to(spatial.dtype)
     return F.interpolate(spatial, tuple(grid), mode="bilinear", antialias=shrinks, align_corners=False)
