@@ -11,8 +11,21 @@ _LAZY = {
     "Index": "agglom.data.index",
     "ShardInfo": "agglom.data.index",
     "read_index": "agglom.data.index",
+    "validate_layout": "agglom.data.index",
     "write_index": "agglom.data.index",
     "write_shard": "agglom.data.shards",
+    "write_imagefolder": "agglom.data.imagefolder",
+    "collate": "agglom.data.samples",
+    "decode_image": "agglom.data.samples",
+    "eval_stream": "agglom.data.streams",
+    "train_stream": "agglom.data.streams",
+    "Loader": "agglom.data.loader",
+    "eval_loader": "agglom.data.loader",
+    "EvalView": "agglom.data.views",
+    "TrainView": "agglom.data.views",
+    "View": "agglom.data.views",
+    "ShardDataModule": "agglom.data.datamodule",
+    "ViewOptions": "agglom.data.datamodule",
 }
 
 __all__ = [*_LAZY]

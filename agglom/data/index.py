@@ -195,6 +195,36 @@ def read_index(root: Path | str) -> Index:
     return index
 
 
+def validate_layout(index: Index, split: str, *, num_workers: int, world_size: int) -> list[str]:
+    """What stands in the way of training on a split with so many loader workers and ranks, a line a problem.
+
+    A training stream deals whole shards to the workers of all ranks, so that no shard is read twice in a pass: there
+    must be one for each. Evaluation splits by sample and takes any number of shards.
+
+    Args:
+        num_workers: per rank; 0 means that the rank reads by itself.
+        world_size: ranks.
+
+    Returns:
+        Lines that name key, value and fix; none if all is well.
+    """
+    if split not in index.splits:
+        return [f"data.train_split: {split!r}; {nearest(split, index.splits)}"]
+    shards = sum(shard.count > 0 for shard in index.splits[split])
+    workers = max(num_workers, 1)
+    if shards == 0:
+        return [f"data.train_split: {split!r} of {index.root} has no samples; write it again"]
+    if shards >= workers * world_size:
+        return []
+    if shards >= world_size:
+        fix = f"set num_workers <= {shards // world_size} or write more shards"
+    else:
+        fix = f"use <= {shards} ranks or write more shards"
+    return [
+        f"data.num_workers: {shards} shards < {workers} workers x {world_size} ranks = {workers * world_size}; {fix}"
+    ]
+
+
 def _parse(root: str, address: str, body: Any) -> Index:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise UserError(f"{address}: not a shard index ('format' is not {FORMAT!r}); write it with `agglom data ...`")

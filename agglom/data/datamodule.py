@@ -1,0 +1,175 @@
+"""Shards to batches for the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from agglom.data.index import Index, read_index, validate_layout
+from agglom.data.loader import Loader, eval_loader
+from agglom.data.samples import check_fields
+from agglom.data.streams import TrainStream, train_stream
+from agglom.data.views import EvalView, TrainView
+from agglom.errors import UserError
+
+
+@dataclass(frozen=True)
+class ViewOptions:
+    """The random crop and flip of a training image; see `TrainView`.
+
+    Args:
+        scale: least and greatest part of the image's area that is kept; [1, 1] takes the centre square, no crop.
+        ratio: least and greatest width / height of the crop.
+        flip: probability of mirroring left and right.
+    """
+
+    scale: tuple[float, float] = (0.4, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+
+class ShardDataModule(LightningDataModule):
+    """Batches `{"image": uint8 (B, 3, size, size), "key": list[str], ...}` from WebDataset shards.
+
+    The training stream never ends: its length is set in steps (`trainer.max_steps`), and all its batches are full. A
+    resumed run goes on with an order that it has not seen, not with a repetition of its first one.
+
+    Args:
+        data: shard folder, or an address (`s3://`, `gs://`, `https://`, `pipe:`), written by `agglom data ...`.
+        batch_size: samples a batch (per rank).
+        size: height and width of the images, in pixels.
+        train_split: split to train on.
+        val_split: split to validate on, or null for no validation.
+        fields: what a batch holds besides `key`: any of image, cls, txt, seg, boxes.
+        view: random crop and flip in training. Validation takes the centre square.
+        num_workers: processes that read and decode (per rank); needs as many training shards as workers x ranks.
+        val_samples: validate on the first so many samples only; null for all.
+        seed: order and views follow from it.
+        shuffle: encoded samples that each worker keeps to draw from.
+        max_bad_fraction: unreadable samples are skipped and counted; a greater part of them stops the run.
+        prefetch: batches that each worker keeps ready.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        batch_size: int,
+        size: int,
+        train_split: str = "train",
+        val_split: str | None = "val",
+        fields: tuple[str, ...] = ("image",),
+        view: ViewOptions = ViewOptions(),  # noqa: B008  frozen, and jsonargparse shows its fields
+        num_workers: int = 1,
+        val_samples: int | None = None,
+        seed: int = 0,
+        shuffle: int = 1000,
+        max_bad_fraction: float = 0.01,
+        prefetch: int = 2,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+            if value < least:
+                raise UserError(f"data.{name}: {value}; valid: {least} or more")
+        self.data, self.train_split, self.val_split = data, train_split, val_split
+        self.batch_size, self.num_workers, self.prefetch = batch_size, num_workers, prefetch
+        self.fields, self.val_samples = tuple(fields), val_samples
+        self.seed, self.shuffle, self.max_bad_fraction = seed, shuffle, max_bad_fraction
+        self.train_view, self.val_view = TrainView(size=size, **asdict(view)), EvalView(size=size)
+        self.index: Index | None = None
+        self._stream: TrainStream | None = None
+        self._samples_before = 0  # when the batches were this many:
+        self._batches_before = 0
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the index and see that the layout works.
+
+        Raises:
+            UserError: see `read_index`, `check_fields` and `validate_layout`.
+        """
+        self.index = read_index(self.data)
+        if stage in (None, "fit"):
+            problems = validate_layout(
+                self.index, self.train_split, num_workers=self.num_workers, world_size=self.world_size
+            )
+            if problems:
+                raise UserError("; ".join(problems))
+            check_fields(self.index, self.train_split, self.fields)
+        if self.val_split is not None:
+            check_fields(self.index, self.val_split, self.fields)
+
+    def train_dataloader(self) -> Loader:
+        """Endless, shuffled, full batches."""
+        self._stream = train_stream(
+            self._index(),
+            self.train_split,
+            fields=self.fields,
+            seed=self.seed,
+            transform=self.train_view,
+            shuffle=self.shuffle,
+            max_bad_fraction=self.max_bad_fraction,
+            start=self.samples_seen,
+        )
+        return Loader(
+            self._stream,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            pin_memory=self._accelerated(),
+        )
+
+    def val_dataloader(self) -> Loader | list[Any]:
+        """Each sample once over all ranks, in the order of the shards. Ranks may differ by one batch."""
+        if self.val_split is None:
+            return []
+        return eval_loader(
+            self._index(),
+            self.val_split,
+            fields=self.fields,
+            batch_size=self.batch_size,
+            transform=self.val_view,
+            num_workers=self.num_workers,
+            limit=self.val_samples,
+            max_bad_fraction=self.max_bad_fraction,
+            pin_memory=self._accelerated(),
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer, 1 without one."""
+        return self.trainer.world_size if self.trainer else 1
+
+    @property
+    def samples_seen(self) -> int:
+        """Samples that training has consumed, over all ranks and resumed runs."""
+        batches = self._batches() - self._batches_before
+        return self._samples_before + batches * self.batch_size * self.world_size
+
+    @property
+    def bad_samples(self) -> int:
+        """Training samples that this rank's workers skipped because they could not be read, since the last start."""
+        return self._stream.bad if self._stream else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training is."""
+        return {"samples_seen": self.samples_seen, "batches": self._batches()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, with an order of its own (the number of samples is part of the seed)."""
+        self._samples_before, self._batches_before = state_dict["samples_seen"], state_dict["batches"]
+
+    def _batches(self) -> int:
+        """Batches per rank that the trainer has processed; it restores this number itself, after our state."""
+        if self.trainer is None:
+            return self._batches_before
+        return max(self._batches_before, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def _index(self) -> Index:
+        if self.index is None:
+            self.index = read_index(self.data)
+        return self.index
+
+    def _accelerated(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

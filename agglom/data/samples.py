@@ -1,0 +1,102 @@
+"""From the bytes of one sample to typed fields, and from samples to a batch."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from agglom.data.index import EXTENSIONS, Index
+from agglom.errors import UserError, nearest
+
+
+def check_fields(index: Index, split: str, fields: Sequence[str]) -> None:
+    """Before anything is read: are these fields, and does the split have them?
+
+    Raises:
+        UserError: an unknown field, or one that the split lacks (naming those it has); an unknown split.
+    """
+    index.shards(split)
+    for name in fields:
+        if name not in EXTENSIONS:
+            raise UserError(f"fields: {name!r} is not a sample field; {nearest(name, EXTENSIONS)}")
+        if name not in index.fields[split]:
+            have = ", ".join(index.fields[split]) or "none"
+            raise UserError(f"{index.root}: samples of split {split!r} have no field {name!r}; they have: {have}")
+
+
+def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """One sample as webdataset groups it -> its key and the fields asked for.
+
+    Args:
+        raw: extension -> bytes, `__key__`, `__url__`.
+        fields: any of image, cls, txt, seg, boxes.
+
+    Returns:
+        `key` str, `image` uint8 (3, H, W) RGB, `cls` int, `txt` str, `seg` uint8 (H, W), `boxes` list of dicts.
+
+    Raises:
+        UserError: a field is missing.
+        Exception: whatever the decoder of broken bytes raises.
+    """
+    sample: dict[str, Any] = {"key": raw["__key__"]}
+    for name in fields:
+        extension = next((ext for ext in EXTENSIONS[name] if ext in raw), None)
+        if extension is None:
+            have = ", ".join(n for n, exts in EXTENSIONS.items() if any(e in raw for e in exts)) or "none"
+            raise UserError(f"{raw['__url__']}: sample {raw['__key__']} has no field {name!r}; it has: {have}")
+        sample[name] = _DECODE[name](raw[extension])
+    return sample
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Encoded image -> uint8 (3, H, W) RGB: upright by its EXIF tag, transparency over white, 16 bits brought to 8."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def _decode_seg(data: bytes) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in ("L", "P"):  # a palette's indices are the labels
+            raise ValueError(f"mask of mode {image.mode}, wanted 8-bit grey or palette")
+        return torch.from_numpy(np.array(image))
+
+
+_DECODE: dict[str, Any] = {
+    "image": decode_image,
+    "cls": int,
+    "txt": lambda data: data.decode("utf-8"),
+    "seg": _decode_seg,
+    "boxes": json.loads,
+}
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Samples of one set of fields -> a batch.
+
+    Returns:
+        `key` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and `seg` uint8
+        (B, H, W) where all have one size, else lists of tensors.
+    """
+    batch: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name == "cls":
+            batch[name] = torch.tensor(values)
+        elif isinstance(values[0], Tensor) and len({value.shape for value in values}) == 1:
+            batch[name] = torch.stack(values)
+        else:
+            batch[name] = values
+    return batch

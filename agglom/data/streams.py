@@ -1,0 +1,291 @@
+"""Samples out of shards: endless and shuffled for training, finite and exactly once for evaluation.
+
+Who reads what. A *slot* is one loader worker of one rank.
+
+* Training: all slots know the same random order of the shards, a new one each pass, and slot k of n takes every n-th
+  shard of it. No shard is read twice in a pass, over passes every slot sees everything, and no slot waits for
+  another. It needs at least one shard a slot (`agglom.data.validate_layout`).
+* Evaluation: the samples are numbered through the split, and slot k of n takes the k-th of n equal ranges, wherever
+  shards begin and end. Any number of shards will do, the counts of two slots differ by at most one, and all
+  samples are seen exactly once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import shuffle as shuffle_buffer
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from agglom.data.index import Index, ShardInfo, open_read, read_index
+from agglom.data.samples import check_fields, decode_sample
+from agglom.data.views import View
+from agglom.errors import UserError
+
+log = logging.getLogger("agglom.data")
+
+MAX_WORKERS = 256  # rows of the table of counts
+SHOWN = 3  # bad samples that a worker names before it only counts
+
+
+class Slot(NamedTuple):
+    """Which reader of how many, over all ranks and workers; and which worker of its rank."""
+
+    number: int
+    total: int
+    worker: int
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size) of this process: torch.distributed's, else torchrun's or SLURM's environment, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    # SLURM_STEP_NUM_TASKS and not SLURM_NTASKS: a bare `python` in a batch script is one process, whatever was allotted
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def train_stream(
+    root: str | Path | Index,
+    split: str,
+    *,
+    fields: Sequence[str] = ("image",),
+    seed: int = 0,
+    transform: View | None = None,
+    shuffle: int = 1000,
+    max_bad_fraction: float = 0.01,
+    start: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> TrainStream:
+    """An endless, shuffled stream of decoded samples; every rank and worker reads other shards.
+
+    Args:
+        root: shard folder or address, or its index.
+        split: for example "train".
+        fields: what a sample should hold: any of image, cls, txt, seg, boxes.
+        seed: order and views follow from it, the rank, the worker, `start` and how often the stream was begun.
+        transform: applied to image, mask and boxes together.
+        shuffle: encoded samples that a worker keeps to draw from.
+        max_bad_fraction: samples that may be unreadable. They are skipped and counted; more stop the run.
+        start: how far training is (samples or steps); after a resume it gives an order that was not seen before.
+        rank, world_size: default: this process's.
+
+    Raises:
+        UserError: see `read_index` and `check_fields`; while reading, too many bad samples.
+    """
+    return TrainStream(
+        root, split, fields, transform, max_bad_fraction, rank, world_size, seed=seed, shuffle=shuffle, start=start
+    )
+
+
+def eval_stream(
+    root: str | Path | Index,
+    split: str,
+    *,
+    fields: Sequence[str] = ("image",),
+    transform: View | None = None,
+    max_bad_fraction: float = 0.01,
+    limit: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> EvalStream:
+    """A finite stream, in the order of the shards: each sample once over all ranks and workers.
+
+    Args:
+        root, split, fields, transform, max_bad_fraction, rank, world_size: see `train_stream`.
+        limit: only the first so many samples of the split.
+
+    Raises:
+        UserError: see `read_index` and `check_fields`; while reading, too many bad samples.
+    """
+    return EvalStream(root, split, fields, transform, max_bad_fraction, rank, world_size, limit=limit)
+
+
+class Stream(IterableDataset):
+    """What both streams share: place, decoding, and the account of bad samples (in shared memory over workers)."""
+
+    def __init__(
+        self,
+        root: str | Path | Index,
+        split: str,
+        fields: Sequence[str],
+        transform: View | None,
+        max_bad_fraction: float,
+        rank: int | None,
+        world_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.index = root if isinstance(root, Index) else read_index(root)
+        check_fields(self.index, split, fields)
+        self.split, self.fields, self.transform = split, tuple(fields), transform
+        self.max_bad_fraction = max_bad_fraction
+        here = distributed()
+        self.rank = here[0] if rank is None else rank
+        self.world_size = here[1] if world_size is None else world_size
+        self.shards = [shard for shard in self.index.shards(split) if shard.count]
+        self.total = sum(shard.count for shard in self.shards)
+        if not self.total:
+            raise UserError(f"{self.index.root}: split {split!r} has no samples")
+        self._counts = torch.zeros(MAX_WORKERS, 2, dtype=torch.int64).share_memory_()  # a row a worker: read, bad
+
+    @property
+    def seen(self) -> int:
+        """Samples that this rank's workers have read, bad ones included."""
+        return int(self._counts[:, 0].sum())
+
+    @property
+    def bad(self) -> int:
+        """Samples that this rank's workers had to skip."""
+        return int(self._counts[:, 1].sum())
+
+    def slot(self) -> Slot:
+        """This process's place among all readers."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        return Slot(self.rank * workers + worker, self.world_size * workers, worker)
+
+    def _raw(self, shard: ShardInfo, stop: int, damage: list[str]) -> Iterator[dict[str, Any]]:
+        """The samples of one shard before position `stop`, still encoded; what broke the tar goes into `damage`."""
+        url = self.index.url(shard)
+
+        def handler(err: Exception) -> bool:
+            damage.append(" ".join(f"{type(err).__name__}: {err.args[0] if err.args else err}".split()))
+            return True  # go on: the samples that are missing in the end are counted
+
+        try:
+            with open_read(url) as stream:
+                files = tar_file_expander([{"url": url, "stream": stream}], handler=handler)
+                for position, raw in enumerate(group_by_keys(files, handler=handler)):
+                    if position >= shard.count:
+                        raise UserError(f"{url}: holds more than the {shard.count} samples of the index; write it anew")
+                    if position >= stop:
+                        break
+                    yield raw
+        except UserError:
+            raise
+        except Exception as err:  # open, network, exit status of a pipe
+            handler(err)
+
+    def _decode(self, raw: dict[str, Any], slot: Slot, generator: torch.Generator | None) -> dict[str, Any] | None:
+        """The decoded, transformed sample, or None for a bad one."""
+        try:
+            sample = decode_sample(raw, self.fields)
+        except Exception as err:
+            reason = str(err) if isinstance(err, UserError) else f"{raw['__url__']}: sample {raw['__key__']}: {err}"
+            self._account(slot, 1, reason)
+            return None
+        self._counts[slot.worker % MAX_WORKERS, 0] += 1
+        return self.transform.sample(sample, generator) if self.transform else sample
+
+    def _account(self, slot: Slot, number: int, reason: str) -> None:
+        row = self._counts[slot.worker % MAX_WORKERS]
+        row += number
+        seen, bad = row.tolist()
+        reason = " ".join(reason.split())
+        if bad > self.max_bad_fraction * max(seen, self.total / slot.total):
+            raise UserError(
+                f"{bad} of {seen} samples read are bad, more than max_bad_fraction {self.max_bad_fraction:g} of a pass;"
+                f" last: {reason}"
+            )
+        if bad <= SHOWN:
+            log.warning("skipped %d bad sample%s: %s", number, "s" * (number > 1), reason)
+
+    def _short(self, slot: Slot, shard: ShardInfo, missing: int, damage: list[str]) -> None:
+        """A shard that ended before its time."""
+        if missing > 0:
+            why = damage[0] if damage else "the file ends early"
+            self._account(slot, missing, f"{self.index.url(shard)}: {missing} samples can't be read ({why})")
+
+
+class TrainStream(Stream):
+    """See `train_stream`."""
+
+    def __init__(self, *common: Any, seed: int, shuffle: int, start: int) -> None:
+        super().__init__(*common)
+        if min(seed, start, shuffle) < 0:
+            raise UserError(f"seed {seed}, start {start}, shuffle {shuffle}: valid: 0 or more")
+        self.seed, self.shuffle, self.start = seed, shuffle, start
+        self._round = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def begin(self) -> None:
+        """Called before workers start to read: the next order is another one (`Loader` does it)."""
+        self._round += 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if get_worker_info() is None:
+            self.begin()
+        slot = self.slot()
+        if len(self.shards) < slot.total:
+            raise UserError(
+                f"{self.index.root}: split {self.split!r} has {len(self.shards)} shards for {slot.total} readers"
+                " (workers x ranks); set data.num_workers lower or write more shards"
+            )
+        here = [self.seed, self.start, int(self._round)]
+        generator = torch.Generator().manual_seed(_seed(here, 0, slot.number))
+        # a buffer longer than a pass would only read everything several times before the first sample
+        buffer = max(1, min(self.shuffle, self.total // slot.total))
+        raws = self._endless(slot, here)
+        if buffer > 1:
+            rng = random.Random(_seed(here, 1, slot.number))
+            raws = shuffle_buffer(buffer, initial=buffer, rng=rng)(raws)
+        for raw in raws:
+            if (sample := self._decode(raw, slot, generator)) is not None:
+                yield sample
+
+    def _endless(self, slot: Slot, here: list[int]) -> Iterator[dict[str, Any]]:
+        number = 0
+        while True:
+            order = list(self.shards)
+            random.Random(_seed(here, 2, number)).shuffle(order)  # the same for all slots
+            found = False
+            for shard in order[slot.number :: slot.total]:
+                damage: list[str] = []
+                position = -1
+                for position, raw in enumerate(self._raw(shard, shard.count, damage)):  # noqa: B007
+                    yield raw
+                self._short(slot, shard, shard.count - 1 - position, damage)
+                found |= position >= 0
+            if not found:
+                raise UserError(f"{self.index.root}: split {self.split!r}: nothing could be read in a whole pass")
+            number += 1
+
+
+def _seed(*parts: Any) -> int:
+    """A seed from numbers (and lists of them) that differs wherever one of them does."""
+    return int(np.random.SeedSequence(np.hstack(parts)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class EvalStream(Stream):
+    """See `eval_stream`."""
+
+    def __init__(self, *common: Any, limit: int | None) -> None:
+        super().__init__(*common)
+        if limit is not None and limit < 1:
+            raise UserError(f"limit: {limit}; valid: a positive number of samples")
+        self.total = min(self.total, limit or self.total)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        slot = self.slot()
+        begin, end = (self.total * n // slot.total for n in (slot.number, slot.number + 1))
+        offset = 0  # of the shard's first sample
+        for shard in self.shards:
+            first, stop = max(begin - offset, 0), min(end - offset, shard.count)
+            offset += shard.count
+            if first >= stop:
+                continue
+            damage: list[str] = []
+            position = -1
+            for position, raw in enumerate(self._raw(shard, stop, damage)):
+                if position >= first and (sample := self._decode(raw, slot, None)) is not None:
+                    yield sample
+            self._short(slot, shard, stop - max(first, position + 1), damage)
