@@ -16,3 +16,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=1)
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return f"valid: {shown or 'none'}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def brief(error: BaseException, width: int = 200) -> str:
+    """The first words of a library's message, on one line, for the inside of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= width else text[: width - 3] + "..."
