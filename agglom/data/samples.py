@@ -58,13 +58,15 @@ def decode_image(data: bytes) -> Tensor:
     """Encoded image -> uint8 (3, H, W) RGB: upright by its EXIF tag, transparency over white, 16 bits brought to 8."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def _decode_seg(data: bytes) -> Tensor:

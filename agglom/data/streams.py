@@ -32,7 +32,7 @@ from agglom.errors import UserError
 log = logging.getLogger("agglom.data")
 
 MAX_WORKERS = 256  # rows of the table of counts
-SHOWN = 3  # bad samples that a worker names before it only counts
+SHOWN = 3  # reports of bad samples that a worker makes before it only counts
 
 
 class Slot(NamedTuple):
@@ -136,7 +136,8 @@ class Stream(IterableDataset):
         self.total = sum(shard.count for shard in self.shards)
         if not self.total:
             raise UserError(f"{self.index.root}: split {split!r} has no samples")
-        self._counts = torch.zeros(MAX_WORKERS, 2, dtype=torch.int64).share_memory_()  # a row a worker: read, bad
+        # a row a worker: samples read, samples bad, reports made of them
+        self._counts = torch.zeros(MAX_WORKERS, 3, dtype=torch.int64).share_memory_()
 
     @property
     def seen(self) -> int:
@@ -159,7 +160,9 @@ class Stream(IterableDataset):
         url = self.index.url(shard)
 
         def handler(err: Exception) -> bool:
-            damage.append(" ".join(f"{type(err).__name__}: {err.args[0] if err.args else err}".split()))
+            # webdataset appends the stream and the address to the arguments; the first one is the message, save errno's
+            said = getattr(err, "strerror", None) or (err.args[0] if err.args else "")
+            damage.append(" ".join(f"{type(err).__name__}: {said}".split()))
             return True  # go on: the samples that are missing in the end are counted
 
         try:
@@ -189,15 +192,15 @@ class Stream(IterableDataset):
 
     def _account(self, slot: Slot, number: int, reason: str) -> None:
         row = self._counts[slot.worker % MAX_WORKERS]
-        row += number
-        seen, bad = row.tolist()
+        row += torch.tensor([number, number, 1])
+        seen, bad, reports = row.tolist()
         reason = " ".join(reason.split())
         if bad > self.max_bad_fraction * max(seen, self.total / slot.total):
             raise UserError(
                 f"{bad} of {seen} samples read are bad, more than max_bad_fraction {self.max_bad_fraction:g} of a pass;"
                 f" last: {reason}"
             )
-        if bad <= SHOWN:
+        if reports <= SHOWN:
             log.warning("skipped %d bad sample%s: %s", number, "s" * (number > 1), reason)
 
     def _short(self, slot: Slot, shard: ShardInfo, missing: int, damage: list[str]) -> None:
