@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agglom.teachers.base import Teacher as Teacher
     from agglom.teachers.base import on_meta as on_meta
+    from agglom.teachers.open_clip import OpenClipTeacher as OpenClipTeacher
     from agglom.teachers.provenance import compare as compare
     from agglom.teachers.provenance import fingerprint as fingerprint
     from agglom.teachers.provenance import manifest as manifest
-    from agglom.teachers.open_clip import OpenClipTeacher as OpenClipTeacher
     from agglom.teachers.refs import from_ref as from_ref
     from agglom.teachers.sam import SamTeacher as SamTeacher
     from agglom.teachers.timm import TimmTeacher as TimmTeacher

@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         if dtype not in ("fp32", "bf16"):
             raise ValueError(f"dtype {dtype!r}; valid: 'fp32', 'bf16'")
         self.dtype = dtype
-        network.eval().requires_grad_(False)
+        still(network)
         return lower_precision(network) if dtype == "bf16" else network
 
     @property
@@ -100,8 +100,8 @@ class Teacher(nn.Module):
     def dry_run(self, size: tuple[int, int]) -> Features:
         """`encode` one blank image of `size` pixels: shapes, without arithmetic where the network allows.
 
-        The network runs with its tensors replaced by meta tensors. One that can't (TorchScript, data-dependent code) runs
-        for real.
+        The network runs with its tensors replaced by meta tensors. One that can't (TorchScript,
+        data-dependent code) runs for real.
         """
         blank = torch.zeros(1, 3, *size)
         tensors = {name: tensor.detach().to("meta") for name, tensor in self.tensors()}
@@ -120,7 +120,7 @@ class Teacher(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):
-            self.__dict__[name] = value.eval().requires_grad_(False)
+            self.__dict__[name] = still(value)
         else:
             super().__setattr__(name, value)
 
@@ -158,6 +158,13 @@ class _Encode(nn.Module):
 
     def forward(self, pixels: Tensor) -> Features:
         return self._encode(pixels)
+
+
+def still(network: nn.Module) -> nn.Module:
+    """Eval mode, no parameter asks for gradients. (TorchScript has no `requires_grad_` of its own.)"""
+    for parameter in network.parameters():
+        parameter.requires_grad_(False)
+    return network.eval()
 
 
 def on_meta(teacher: type[Teacher], **arguments: Any) -> Teacher:

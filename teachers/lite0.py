@@ -43,4 +43,4 @@ def load(network: nn.Module, reference: str, who: str) -> None:
     own = network.state_dict()
     if [value.shape for value in values] != [value.shape for value in own.values()]:
         raise UserError(f"{who}: checkpoint {reference!r} holds {MODEL} with 1000 classes, which this model is not")
-    network.load_state_dict(dict(zip(own, values)))
+    network.load_state_dict(dict(zip(own, values, strict=True)))

@@ -27,9 +27,11 @@ class OpenClipTeacher(Teacher):
 
     Args:
         name: open_clip's name ("ViT-B-16"), "hf-hub:ORG/NAME" or "local-dir:PATH".
-        tag: the weights' tag ("openai", "laion2b_s34b_b88k"); hf-hub: and local-dir: names need none.
+        tag: the weights' tag ("openai", "laion2b_s34b_b88k"), which also says their mean, std and activation; hf-hub:
+            and local-dir: names need none.
         pretrained: False: random weights.
-        checkpoint: a local file of weights instead of a tag.
+        checkpoint: a local file of the weights, instead of the download. Give the tag too where the model has tags that
+            disagree about mean and std.
         input_size: pixels, one side or (height, width). None: the model's own. The position embedding is resampled.
         kwargs: more arguments for `open_clip.create_model`.
         dtype: "fp32" or "bf16" (image tower; norms stay in fp32).
@@ -56,7 +58,7 @@ class OpenClipTeacher(Teacher):
                 f"{who}: input_size 'any': open_clip towers have one size; valid: a number, (height, width)"
             )
         _check(name, tag, pretrained, checkpoint, who)
-        model = _create(name, checkpoint or tag, pretrained, input_size, dict(kwargs or {}), who)
+        model = _create(name, tag, pretrained, checkpoint, input_size, dict(kwargs or {}), who)
         self.model = model
         label = name if tag is None else f"{name}/{tag}"
         self.source = checkpoint or (f"open_clip:{label}" if pretrained else "random")
@@ -150,28 +152,49 @@ def _check(name: str, tag: str | None, pretrained: bool, checkpoint: str | None,
             f"{nearest(name, difflib.get_close_matches(name, models, n=8, cutoff=0.4) or models)}"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if checkpoint is None and pretrained and tag not in tags:
+    if (tag is not None or (pretrained and checkpoint is None)) and tag not in tags:
         raise UserError(f"{who}: tag {tag!r}; {nearest(str(tag), tags)}; or checkpoint: PATH, or pretrained: false")
 
 
-def _create(name: str, weights: str | None, pretrained: bool, size: Size, kwargs: dict[str, Any], who: str) -> Any:
-    load = pretrained or (weights is not None and os.path.isfile(weights))
+def _create(
+    name: str, tag: str | None, pretrained: bool, checkpoint: str | None, size: Size, kwargs: dict[str, Any], who: str
+) -> Any:
+    """`open_clip.create_model` with everything that the tag says, whether or not its file is what is loaded."""
+    load, cfg = pretrained or checkpoint is not None, _tag_config(name, tag)
+    arguments: dict[str, Any] = {
+        "force_preprocess_cfg": {key: cfg[key] for key in ("mean", "std", "interpolation") if key in cfg},
+        # open_clip only warns when weights trained with QuickGELU meet a config without it
+        "force_quick_gelu": bool(cfg.get("quick_gelu", False)),
+        "device": torch.get_default_device(),  # so that `on_meta` works
+        **kwargs,
+    }
     try:
         return open_clip.create_model(
             name,
-            pretrained=weights if load else None,
+            pretrained=(checkpoint or tag) if load else None,
             load_weights=load,
             require_pretrained=load,
             pretrained_text=False,
             force_image_size=size,
-            device=torch.get_default_device(),
-            **kwargs,
+            **arguments,
         )
     except Exception as error:
         raise UserError(
             f"{who}: can't build or load ({brief(error)}); is the hub reachable? Else set checkpoint: PATH to a local "
             "file, or pretrained: false"
         ) from error
+
+
+def _tag_config(name: str, tag: str | None) -> dict[str, Any]:
+    """Preprocessing and activation of a tag; without a tag, what all tags of the model agree on."""
+    cleaned = name.replace("/", "-")
+    if tag is not None:
+        return open_clip.get_pretrained_cfg(cleaned, tag)
+    configs = [
+        open_clip.get_pretrained_cfg(cleaned, known) for known in open_clip.list_pretrained_tags_by_model(cleaned)
+    ]
+    first = configs[0] if configs else {}
+    return {key: value for key, value in first.items() if all(cfg.get(key) == value for cfg in configs)}
 
 
 def _norms_tokens(visual: Any) -> bool:

@@ -136,12 +136,10 @@ class TimmTeacher(Teacher):
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"{who}: can't run at {self._size} pixels ({brief(error)}); set another input_size"
-            ) from error
+            raise UserError(f"{who}: can't run at {self._size} pixels ({brief(error)}); change input_size") from error
         assert spatial is not None
         grid = tuple(spatial.shape[-2:])
-        strides = {side / cells for side, cells in zip(self._size, grid)}
+        strides = {side / cells for side, cells in zip(self._size, grid, strict=True)}
         if len(strides) > 1 or not (stride := strides.pop()).is_integer():
             raise UserError(f"{who}: {self._size} pixels give a {grid} map, no whole stride; set another input_size")
         if summary is not None and summary.ndim != 2:
@@ -176,7 +174,7 @@ def create(
         if "num_classes" in kwargs:  # otherwise timm would drop the classifier and load the rest without being strict
             overlay["num_classes"] = kwargs["num_classes"]
         pretrained = True
-    # Each family has its own word for "any size"; a constructor that has none takes any size anyway, or the dry run tells.
+    # Families have their own words for "any size". A constructor without one takes any size, or the dry run tells.
     words: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}] if any_size else []
     for word in [*words, {}]:
         try:

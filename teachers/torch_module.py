@@ -32,7 +32,8 @@ class TorchTeacher(Teacher):
     An import path runs its package's code, and a TorchScript file is a program too: load only what you trust.
 
     Args:
-        module: "package.module:factory" (a class, or a function that returns a module), a TorchScript file, or a module.
+        module: "package.module:factory" (a class, or a function that returns a module), a TorchScript file,
+            or a module.
         kwargs: arguments for the factory.
         input_size: pixels, one side or (height, width). None or "any": images keep their size, any multiple of the
             stride.
@@ -132,7 +133,7 @@ class TorchTeacher(Teacher):
         self.summary_dim = None if summary is None else summary.shape[1]
         self.spatial_dim = None if spatial is None else spatial.shape[1]
         grid = (1, 1) if spatial is None else tuple(spatial.shape[-2:])
-        strides = {side / cells for side, cells in zip(size, grid)}
+        strides = {side / cells for side, cells in zip(size, grid, strict=True)}
         if spatial is None:
             strides = {1.0}  # nothing to divide into cells
         if len(strides) > 1 or not (stride := strides.pop()).is_integer():
