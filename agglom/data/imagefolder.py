@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from agglom.data.index import INDEX_NAME, ShardInfo, is_remote, read_index, write_index
 from agglom.data.shards import write_shard
@@ -206,6 +206,9 @@ def _write_one(job: tuple[str, int, int, list[Entry]], *, source: Path, out: Pat
         for position, entry in enumerate(entries, start):
             try:
                 data, ext = _read(source / entry.file)
+            except UnidentifiedImageError:  # its message names a buffer in memory
+                skipped.append(f"{entry.file} (no picture)")
+                continue
             except Exception as err:
                 skipped.append(f"{entry.file} ({' '.join(str(err).split()) or type(err).__name__})")
                 continue

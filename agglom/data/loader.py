@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from agglom.data.index import Index
 from agglom.data.samples import collate
 from agglom.data.streams import Stream, TrainStream, eval_stream
 from agglom.data.views import View
 from agglom.errors import UserError
+
+
+class _Failure(NamedTuple):
+    """A user error on its way out of a worker."""
+
+    message: str
+
+
+class _Carried(IterableDataset):
+    """A stream whose user errors come as samples.
+
+    Raised in a worker they would arrive as a page of traceback, and torch then waits five seconds a worker before it
+    gives up closing them (seen with 2.14).
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.stream
+        except UserError as err:
+            yield from repeat(_Failure(str(err)))  # for ever: an incomplete last batch may be dropped
+
+
+def _collate(samples: Sequence[Any]) -> Mapping[str, Any] | _Failure:
+    failure = next((sample for sample in samples if isinstance(sample, _Failure)), None)
+    return failure or collate(samples)
 
 
 class Loader(DataLoader):
@@ -29,23 +59,24 @@ class Loader(DataLoader):
         self, stream: Stream, *, batch_size: int, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
     ) -> None:
         super().__init__(
-            stream,
+            _Carried(stream),
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             drop_last=isinstance(stream, TrainStream),
-            collate_fn=collate,
+            collate_fn=_collate,
         )
+        self.stream = stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        if isinstance(self.dataset, TrainStream):
-            self.dataset.begin()
-        try:
-            yield from super().__iter__()
-        except UserError as err:  # a worker's arrives wrapped in its traceback
-            raise UserError(str(err).strip().splitlines()[-1].removeprefix("agglom.errors.UserError: ")) from err
+        if isinstance(self.stream, TrainStream):
+            self.stream.begin()
+        for batch in super().__iter__():
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
 
 
 def eval_loader(

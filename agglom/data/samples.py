@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from agglom.data.index import EXTENSIONS, Index
@@ -56,7 +56,7 @@ def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, An
 
 def decode_image(data: bytes) -> Tensor:
     """Encoded image -> uint8 (3, H, W) RGB: upright by its EXIF tag, transparency over white, 16 bits brought to 8."""
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
@@ -69,8 +69,15 @@ def decode_image(data: bytes) -> Tensor:
         return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its message names a buffer in memory
+        raise ValueError(f"{len(data)} bytes that are no picture") from None
+
+
 def _decode_seg(data: bytes) -> Tensor:
-    with Image.open(io.BytesIO(data)) as image:
+    with _open(data) as image:
         if image.mode not in ("L", "P"):  # a palette's indices are the labels
             raise ValueError(f"mask of mode {image.mode}, wanted 8-bit grey or palette")
         return torch.from_numpy(np.array(image))

@@ -514,7 +514,7 @@ def test_counts_and_errors_come_back_from_workers(tmp_path):
     rewrite(tmp_path / "train-000000.tar", spoil_image(50))
     loader = eval_loader(tmp_path, "train", fields=["image"], batch_size=10, num_workers=2)
     assert sum(len(batch["key"]) for batch in loader) == 199
-    assert (loader.dataset.seen, loader.dataset.bad) == (200, 1)
+    assert (loader.stream.seen, loader.stream.bad) == (200, 1)
     rewrite(tmp_path / "train-000000.tar", lambda name, data: b"rubbish" if name.endswith("png") else data)
     with pytest.raises(UserError) as err:
         list(loader)
