@@ -2,3 +2,23 @@
 
 if __name__ == "probes":
     raise ImportError("import agglom.probes, not probes: this folder is part of the agglom package")
+
+from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.knn import KnnProbe
+from agglom.probes.linear import LinearProbe
+from agglom.probes.runner import PROBES, run_probes
+from agglom.probes.segmentation import SegmentationProbe
+from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
+
+__all__ = [
+    "PROBES",
+    "TEMPLATES",
+    "KnnProbe",
+    "LinearProbe",
+    "Probe",
+    "Result",
+    "SegmentationProbe",
+    "Subject",
+    "ZeroShotProbe",
+    "run_probes",
+]
