@@ -6,6 +6,7 @@ if __name__ == "probes":
 from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
+from agglom.probes.report import read_report, write_comparison, write_report
 from agglom.probes.runner import PROBES, run_probes
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
@@ -20,5 +21,8 @@ __all__ = [
     "SegmentationProbe",
     "Subject",
     "ZeroShotProbe",
+    "read_report",
     "run_probes",
+    "write_comparison",
+    "write_report",
 ]
