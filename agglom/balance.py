@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from agglom.errors import UserError
+from agglom.targets.moments import Statistics, accumulator, sum_over_ranks
 
 
 class Balance(nn.Module):
@@ -73,11 +74,125 @@ def per_pair(kept: Tensor) -> Tensor:
     return kept * (kept.shape[1] / kept.sum().clamp(min=1))
 
 
+def _one_each(option: str, number: int, losses: Tensor) -> None:
+    if number != len(losses):
+        raise UserError(
+            f"balance.{option} is for {number} teachers, this run has {len(losses)}; name each exactly once"
+        )
+
+
 class Equal(Balance):
     """Every valid teacher of an image weighs the same; every image has total weight 1."""
 
     def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
         return per_image(valid)
+
+
+class Manual(Balance):
+    """Fixed weights.
+
+    Args:
+        weights: one number a teacher, in the order of the teachers; 0 leaves one out of the total.
+        normalize: divide by the sum over an image's valid teachers, so that every image has total weight 1. Otherwise
+            the numbers are taken as they are.
+
+    Raises:
+        UserError: no weights, or a negative one; at the first step, if there are more or fewer than teachers.
+    """
+
+    def __init__(self, *, weights: list[float], normalize: bool = False) -> None:
+        super().__init__()
+        if not weights or min(weights) < 0:
+            raise UserError(f"weights {weights}; valid: one number >= 0 a teacher")
+        self.weights = list(weights)
+        self.normalize = normalize
+
+    def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
+        _one_each("weights", len(self.weights), losses)
+        fixed = torch.tensor(self.weights).to(losses.device, non_blocking=True)
+        weights = fixed[:, None] * valid
+        return weights / weights.sum(0).clamp(min=1e-12) if self.normalize else weights
+
+
+class AdaLoss(Balance, Statistics):
+    """Every teacher's loss divided by its own running mean, then shared as in `Equal`.
+
+    The mean is over the valid images of all ranks of `group`; it is a plain average over the first 1 / (1 - decay)
+    steps and exponential from then on, this step included. It moves in training only.
+
+    Source: AdaLoss (Hu et al. 2019), as compared in AM-RADIO and PHI-S.
+
+    Args:
+        decay: of the running mean.
+        eps: least running mean.
+
+    Raises:
+        UserError: decay outside [0, 1).
+    """
+
+    lazy = ("average", "seen")
+    group: Any = None
+    average: Tensor
+    seen: Tensor
+
+    def __init__(self, *, decay: float = 0.99, eps: float = 1e-8) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise UserError(f"decay {decay}; valid: 0 <= decay < 1")
+        self.decay = decay
+        self.eps = eps
+        self.register_buffer("average", torch.zeros(0, dtype=torch.float64))  # (T,) from the first step on
+        self.register_buffer("seen", torch.zeros(0, dtype=torch.float64))  # (T,) steps that had a valid image
+
+    def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
+        wide = accumulator(losses.device)
+        for name in self.lazy:
+            self._resize(name, (len(losses),), losses.device)
+        if self.training:
+            total, count = losses.masked_fill(~valid, 0).sum(1).to(wide), valid.sum(1).to(wide)
+            total, count = sum_over_ranks(total, count, group=self.group)
+            self.seen.add_(count > 0)
+            momentum = (1 / self.seen.clamp(min=1)).clamp(min=1 - self.decay) * (count > 0)
+            self.average.lerp_(total / count.clamp(min=1), momentum)
+            self._count_step()
+        scale = torch.where(self.seen > 0, self.average.clamp(min=self.eps), torch.ones_like(self.average))
+        return per_image(valid) / scale.float()[:, None]
+
+
+class Uncertainty(Balance):
+    """Learned weights: the total is the sum over teachers of exp(-2 s) L / 2 + s, with a parameter s each.
+
+    The weights carry no gradient; `penalty` holds the part of the total that s learns from, and must be added by the
+    caller in the same step. The optimiser has to see this module's parameter.
+
+    Source: Kendall, Gal & Cipolla, 1705.07115.
+
+    Args:
+        teachers: T, how many there are.
+
+    Raises:
+        UserError: teachers below 1; at the first step, if there are more or fewer.
+    """
+
+    def __init__(self, *, teachers: int) -> None:
+        super().__init__()
+        if teachers < 1:
+            raise UserError(f"teachers {teachers}; valid: at least 1")
+        self.log_sigma = nn.Parameter(torch.zeros(teachers))
+        self._terms: tuple[Tensor, Tensor] | None = None
+
+    def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
+        _one_each("teachers", len(self.log_sigma), losses)
+        self._terms = losses.masked_fill(~valid, 0).mean(1), valid.float().mean(1)
+        return 0.5 * torch.exp(-2 * self.log_sigma.float())[:, None] * valid
+
+    def penalty(self) -> Tensor:
+        """(): the sum of s in value; in gradient also what the weights would have passed on to s."""
+        if self._terms is None:
+            raise RuntimeError("no step yet: call the balance first")
+        loss, share = self._terms  # (T,) mean over all images, and share of images with a target
+        weighted = 0.5 * torch.exp(-2 * self.log_sigma) * loss
+        return (share * self.log_sigma + weighted - weighted.detach()).sum()
 
 
 class Drawing(Balance):
@@ -94,16 +209,15 @@ class Drawing(Balance):
         super().__init__()
         self.seed = seed
         self._draws = 0
-        self._generator = torch.Generator()
 
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers in [0, 1)."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         # hashed, because the generator looks at 32 bits only and near seeds would give near streams
         key = hashlib.blake2b(f"{self.seed}/{rank}/{self._draws}".encode(), digest_size=8).digest()
-        self._generator.manual_seed(int.from_bytes(key, "little"))
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
         self._draws += 1
-        return torch.rand(shape, generator=self._generator).to(device, non_blocking=True)
+        return torch.rand(shape, generator=generator).to(device, non_blocking=True)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._draws)
@@ -158,3 +272,39 @@ class TeacherDropping(Drawing):
                 own = own & valid
                 kept = torch.where(own.any(0), own, kept)
         return per_image(kept) if self.normalization == "per_image" else per_pair(kept)
+
+
+class RandomK(Drawing):
+    """k teachers drawn at random, all with equal chance among the valid ones (Theia's random_target_models).
+
+    In eval mode all count.
+
+    Args:
+        k: how many count; an image with fewer valid teachers keeps all of them.
+        per: "batch": one draw for all images of a step (an image for which a drawn teacher isn't valid goes on to the
+            next in the drawn order). "image": one draw an image.
+        seed: of the draws.
+
+    Raises:
+        UserError: k below 1, an unknown `per`.
+    """
+
+    def __init__(self, *, k: int, per: Literal["batch", "image"] = "batch", seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        if k < 1:
+            raise UserError(f"k {k}; valid: at least 1")
+        if per not in ("batch", "image"):
+            raise UserError(f"per {per!r}; valid: 'batch', 'image'")
+        self.k = k
+        self.per = per
+
+    def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
+        kept = valid
+        if self.training and self.k < len(losses):
+            teachers, images = losses.shape
+            lots = self.uniform((teachers, 1 if self.per == "batch" else images), losses.device).expand(
+                teachers, images
+            )
+            drawn = lots.masked_fill(~valid, -1).topk(self.k, 0).indices
+            kept = torch.zeros_like(valid).scatter(0, drawn, True) & valid
+        return per_image(kept)

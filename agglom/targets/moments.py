@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 
 class Moments(NamedTuple):
-    """Of N rows of C channels: count () = N, mean (C,), scatter (C,) or (C, C) = sum of (x - mean)^2 or its outer
+    """Of N rows of C channels: number () = N, mean (C,), scatter (C,) or (C, C) = sum of (x - mean)^2 or its outer
     product."""
 
-    count: Tensor
+    number: Tensor
     mean: Tensor
     scatter: Tensor
 
     @property
     def variance(self) -> Tensor:
         """Unbiased variance (C,) or covariance (C, C); 0 for fewer than two rows."""
-        return self.scatter / (self.count - 1).clamp(min=1)
+        return self.scatter / (self.number - 1).clamp(min=1)
 
 
 def accumulator(device: torch.device) -> torch.dtype:
@@ -94,10 +94,10 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, full: bool = False, 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """The moments of both sets of rows (Chan, Golub & LeVeque 1983)."""
-    count = a.count + b.count
-    share = b.count / count.clamp(min=1)
+    count = a.number + b.number
+    share = b.number / count.clamp(min=1)
     delta = b.mean - a.mean
-    between = _square(delta, a.scatter.ndim == 2) * (a.count * share)
+    between = _square(delta, a.scatter.ndim == 2) * (a.number * share)
     return Moments(count, a.mean + delta * share, a.scatter + b.scatter + between)
 
 
@@ -109,10 +109,12 @@ class Statistics(nn.Module):
     """A module whose buffers are running statistics: they keep their precision, and a count of its updates.
 
     The count lives in the buffer `steps`; a Python twin of it is what decisions are taken on, so that no step waits
-    for the device. The twin is read anew whenever a state dict is loaded.
+    for the device. The twin is read anew whenever a state dict is loaded. Buffers named in `lazy` take their size from
+    the first update, or from the state dict.
     """
 
     steps: Tensor
+    lazy: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,8 +134,17 @@ class Statistics(nn.Module):
         self.steps.zero_()
         self._taken = 0
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _resize(self, name: str, shape: tuple[int, ...] | torch.Size, device: torch.device) -> None:
+        """Give a lazy buffer its size, filled with zeros, unless it has it already."""
+        if getattr(self, name).shape != torch.Size(shape):
+            with torch.inference_mode(False):  # a buffer made under inference mode couldn't be updated outside it
+                setattr(self, name, torch.zeros(shape, dtype=accumulator(device), device=device))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.lazy:
+            if prefix + name in state_dict:
+                self._resize(name, state_dict[prefix + name].shape, getattr(self, name).device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._taken = 0 if self.steps.is_meta else int(self.steps)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:

@@ -84,14 +84,14 @@ class Standardize(Normalizer):
         batch = self._batch(x, mask)
         if self.schedule == "ema":
             # fewer than two rows have no deviation: such a step counts but moves nothing
-            m = self.momentum(self.taken) * (batch.count > 1).to(batch.count.dtype)
+            m = self.momentum(self.taken) * (batch.number > 1).to(batch.number.dtype)
             self.mean.lerp_(batch.mean, m)
             self.std.lerp_(batch.variance.sqrt(), m)
         else:
             pooled = merge(Moments(self.count, self.mean, self.std.square() * (self.count - 1).clamp(min=0)), batch)
-            self.count.copy_(pooled.count)
+            self.count.copy_(pooled.number)
             self.mean.copy_(pooled.mean)
-            self.std.copy_(torch.where(pooled.count > 1, pooled.variance.sqrt(), self.std))
+            self.std.copy_(torch.where(pooled.number > 1, pooled.variance.sqrt(), self.std))
         self._count_step()
 
     def reset(self) -> None:
@@ -101,7 +101,7 @@ class Standardize(Normalizer):
         self._reset_steps()
 
     def fit(self, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
-        std = torch.where(moments.count > 1, moments.variance.sqrt(), torch.ones_like(moments.mean))
+        std = torch.where(moments.number > 1, moments.variance.sqrt(), torch.ones_like(moments.mean))
         return moments.mean, 1 / (std + self.eps), std + self.eps
 
     def current(self) -> tuple[Tensor, Tensor, Tensor]:
