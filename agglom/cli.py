@@ -1,5 +1,118 @@
-"""The `agglom` command."""
+"""The `agglom` command: names, arguments and exit codes. Each command is one function in `agglom.commands`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any, Sequence
+
+import agglom
+from agglom.errors import UserError, nearest
+
+COMMANDS = {
+    "fit": "train a student from a YAML file; --ckpt_path last resumes",
+    "check": "validate YAML files without building anything; prints every problem",
+    "data": "write shards: agglom data scenes|imagefolder",
+    "probe": "evaluate frozen backbones on shards",
+    "report": "report.json -> report.md and report.html",
+    "export": "checkpoint -> timm-loadable folder with adaptors and model card",
+    "info": "teachers and students by name, or what a run, export or shard folder holds",
+    "demo": "the embedded default, end to end",
+}
 
 
-def main() -> None:
-    raise SystemExit(0)
+def usage() -> str:
+    lines = ["usage: agglom COMMAND [options]", "", "Distil several frozen vision teachers into one student.", "", "commands:"]
+    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "agglom COMMAND --help shows a command's options. agglom --version shows versions."]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input (one line each on stderr), 130 stopped by Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"agglom {agglom.__version__}", *(f"{name} {version(name)}" for name in ("torch", "timm", "lightning")))
+        return
+    try:
+        _run(args[0], args[1:])
+    except UserError as err:
+        print(f"agglom {args[0]}: {err}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"agglom {args[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(name: str, args: list[str]) -> None:
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+    if name == "fit":
+        _fit(args)
+        return
+    from agglom import commands
+
+    if name == "check":
+        commands.check(args)
+        return
+    if name == "data":
+        writers = {"scenes": commands.data_scenes, "imagefolder": commands.data_imagefolder}
+        if not args or args[0] not in writers:
+            given = args[0] if args else "nothing"
+            if given in ("-h", "--help"):
+                print(f"usage: agglom data {{{','.join(writers)}}} [options]")
+                return
+            raise UserError(f"{given!r} is no data set writer; {nearest(given, writers)}")
+        _call(writers[args[0]], args[1:], f"agglom data {args[0]}")
+        return
+    _call(getattr(commands, name), _named(name, args), f"agglom {name}")
+
+
+def _named(name: str, args: list[str]) -> list[str]:
+    """`info REF` and `report DIR DIR` as the options that their functions take."""
+    plain = [arg for arg in args if not arg.startswith("-")]
+    if name == "info" and args[:1] == plain[:1] and plain:
+        return ["--ref", *args]
+    if name == "report" and len(plain) == len(args):
+        return [f"--dirs+={arg}" for arg in args]
+    return args
+
+
+def _fit(args: list[str]) -> None:
+    from agglom.fit import fit, stopped_by
+
+    try:
+        fit(args)
+    except BaseException as err:
+        signum = stopped_by(err)
+        if signum is None:
+            raise
+        print(f"agglom fit: {err}; resume with --ckpt_path last", file=sys.stderr)
+        sys.exit(130 if signum == signal.SIGINT else 0)
+
+
+def _call(function: Any, args: list[str], prog: str) -> None:
+    """Parse `args` by the function's signature and docstring, then call it."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(function.__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(function)
+    try:
+        values = parser.parse_args(args)
+    except (ArgumentError, TypeError, ValueError) as err:
+        raise UserError(" ".join(str(err).split()) + f"; {prog} --help lists the options") from err
+    values.pop("config", None)
+    function(**values.as_dict())
+
+
+if __name__ == "__main__":
+    main()

@@ -22,11 +22,7 @@ class _Failure(NamedTuple):
 
 
 class _Carried(IterableDataset):
-    """A stream whose user errors come as samples.
-
-    Raised in a worker they would arrive as a page of traceback, and torch then waits five seconds a worker before it
-    gives up closing them (seen with 2.14).
-    """
+    """A stream whose user errors come as samples: raised in a worker they would arrive as a page of traceback."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -75,8 +71,14 @@ class Loader(DataLoader):
             self.stream.begin()
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
-                raise UserError(batch.message)
+                break
             yield batch
+        else:
+            return
+        # Workers end at once when their iterator dies here. Held by the traceback of the error it would die in a garbage
+        # collection, which closes the queues first, and torch waits five seconds a worker (seen with 2.14).
+        self._iterator = None
+        raise UserError(batch.message)
 
 
 def eval_loader(

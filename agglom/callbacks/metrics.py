@@ -1,0 +1,54 @@
+"""metrics.csv of a run directory: one file over all resumptions."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+
+
+class RunCSVLogger(CSVLogger):
+    """Lightning's CSV logger, writing DIR/metrics.csv itself and continuing a file that is there.
+
+    Lightning's own deletes the file of an earlier start, so a resumed run would lose its curves.
+
+    Args:
+        save_dir: the run directory.
+        flush_logs_every_n_steps: how often the file is written.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 50) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _ContinuingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+class _ContinuingWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove the rows of metrics.csv past `step`: the run resumes there and will write them again."""
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        names, rows = reader.fieldnames or [], [row for row in reader if int(row["step"]) < step]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)

@@ -1,0 +1,248 @@
+"""From a trained student to a folder that plain timm loads, and back.
+
+    config.json, model.safetensors    timm's own format: timm.create_model("local-dir:DIR", pretrained=True)
+    adaptors.json, adaptors.safetensors   the adaptors, answering in their teachers' own units
+    agglom.json                       what the folder is: student, teachers, sizes, versions
+    README.md                         model card
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import agglom
+from agglom.adaptors import Adaptor
+from agglom.card import model_card
+from agglom.errors import UserError, nearest
+from agglom.features import Dims, Features, InputSpec, StudentFeatures
+from agglom.students import TimmStudent
+
+FORMAT = 1
+
+
+def write_export(
+    out: Path, *, student: TimmStudent, heads: Mapping[str, nn.Module], teachers: dict[str, Any], size: int, step: int
+) -> Path:
+    """Write the export folder; an existing one is replaced file by file.
+
+    Args:
+        out: the folder.
+        student: the student with the weights to hand over (the EMA's, if one was kept).
+        heads: name -> `agglom.heads.Head`; left untouched (adaptors are copied before the normalisers are folded in).
+        teachers: the manifest of the run's teachers.
+        size: pixels of a side that the student was trained at; becomes `pretrained_cfg.input_size`.
+        step: optimiser steps behind the weights.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = student.backbone
+    data_config = {
+        "input_size": (3, size, size),
+        "mean": student.input.mean,
+        "std": student.input.std,
+        "interpolation": student.input.interpolation,
+        "crop_pct": 1.0,
+    }
+    save_for_hf(backbone, str(out), data_config=data_config, safe_serialization=True)
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, Any] = {}
+    for name, head in heads.items():
+        adaptor = fold_normalizers(head)
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in adaptor.state_dict().items()}
+        entries[name] = {
+            "class": type(adaptor).__name__,
+            "options": adaptor.options,
+            "student": asdict(adaptor.student),
+            "teacher": asdict(adaptor.teacher),
+            "token": adaptor.token,
+            "tap_names": list(adaptor.tap_names),
+        }
+    save_file(tensors, out / "adaptors.safetensors")
+    _write_json(out / "adaptors.json", entries)
+    about = {
+        "format": FORMAT,
+        "agglom": agglom.__version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+        "student": {"name": student.name, "summary_tokens": student.tokens, "registers": student.registers},
+        "input": {**student.input.as_dict(), "size": [size, size]},
+        "steps": step,
+        "teachers": teachers["teachers"],
+    }
+    _write_json(out / "agglom.json", about)
+    (out / "README.md").write_text(model_card(about))
+    return out
+
+
+def fold_normalizers(head: nn.Module) -> Adaptor:
+    """A copy of a head's adaptor whose outputs are in the teacher's own units."""
+    adaptor = copy.deepcopy(head.adaptor).float().cpu()
+    normalizers = copy.deepcopy(head.normalizers).cpu()
+    for kind, layer in adaptor.last_linears().items():
+        if layer is not None:
+            normalizers[kind].fold_into(layer)
+    return adaptor.eval()
+
+
+class Exported(nn.Module):
+    """An export, ready for use: `model(images)` for features, `model.adaptors["clip"](images)` for a teacher's space.
+
+    Attributes:
+        input: the input contract.
+        adaptors: name of a teacher -> callable, images (B, 3, H, W) in [0, 1] -> Features in that teacher's own units,
+            the map at the student's grid.
+        about: what agglom.json says.
+    """
+
+    def __init__(self, student: TimmStudent, adaptors: Mapping[str, Adaptor], about: dict[str, Any]) -> None:
+        super().__init__()
+        self.student = student
+        self.heads = nn.ModuleDict(adaptors)
+        self.about = about
+        self.eval()
+
+    @property
+    def input(self) -> InputSpec:
+        return self.student.input
+
+    def forward_features(self, images: Tensor, taps: tuple[str, ...] = ()) -> StudentFeatures:
+        """images (B, 3, H, W) in [0, 1] -> summary tokens (B, K, D), map (B, C, H', W'), taps."""
+        return self.student(images, taps)
+
+    def forward(self, images: Tensor) -> Features:
+        """images (B, 3, H, W) in [0, 1] -> all summary tokens side by side (B, K * D), map (B, C, H', W')."""
+        features = self.student(images)
+        return Features(features.summary.flatten(1), features.spatial)
+
+    @property
+    def adaptors(self) -> Mapping[str, "ThroughAdaptor"]:
+        return _Adaptors(self)
+
+
+class ThroughAdaptor:
+    """The student through one adaptor: images -> Features in that teacher's space. A Backbone like any other."""
+
+    def __init__(self, exported: Exported, name: str) -> None:
+        self.exported, self.adaptor = exported, exported.heads[name]
+
+    @property
+    def input(self) -> InputSpec:
+        return self.exported.input
+
+    def __call__(self, images: Tensor) -> Features:
+        return self.adaptor(self.exported.student(images, tuple(self.adaptor.taps)))
+
+
+class _Adaptors(Mapping[str, ThroughAdaptor]):
+    def __init__(self, exported: Exported) -> None:
+        self.exported = exported
+
+    def __getitem__(self, name: str) -> ThroughAdaptor:
+        if name not in self.exported.heads:
+            raise UserError(f"adaptor {name!r}; {nearest(name, self.exported.heads)}")
+        return ThroughAdaptor(self.exported, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.exported.heads)
+
+    def __len__(self) -> int:
+        return len(self.exported.heads)
+
+
+def load(path: str | Path) -> Exported:
+    """Load an export folder, or a run directory that holds one.
+
+    Raises:
+        UserError: no such folder, or a file of it is missing or unreadable.
+    """
+    folder = Path(path)
+    if (folder / "export").is_dir():
+        folder = folder / "export"
+    about = _read_json(folder / "agglom.json")
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder / 'agglom.json'}: format {about.get('format')}; valid: {FORMAT}; export it again")
+    student = _student(folder, about)
+    tensors = load_file(folder / "adaptors.safetensors")
+    adaptors: dict[str, Adaptor] = {}
+    for name, entry in _read_json(folder / "adaptors.json").items():
+        adaptor = _build_adaptor(entry)
+        prefix = f"{name}."
+        adaptor.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        adaptors[name] = adaptor
+    return Exported(student, adaptors, about)
+
+
+def random_like(exported: Exported, seed: int = 0) -> Exported:
+    """The same student and adaptors before any training: the reference that a probe has to beat."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        entry = exported.about["student"]
+        options = dict(exported.student.backbone._model_args)
+        student = TimmStudent(
+            name=entry["name"],
+            summary_tokens=entry["summary_tokens"],
+            registers=entry["registers"],
+            kwargs={key: value for key, value in options.items() if key not in ("num_classes", "reg_tokens")},
+            mean=exported.input.mean,
+            std=exported.input.std,
+        )
+        adaptors = {
+            name: type(head)(head.student, head.teacher, head.token, head.tap_names, **head.options)
+            for name, head in exported.heads.items()
+        }
+    return Exported(student, adaptors, {**exported.about, "steps": 0})
+
+
+def _student(folder: Path, about: dict[str, Any]) -> TimmStudent:
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing; export the run again")
+    entry = about["student"]
+    student = TimmStudent(
+        name=f"local-dir:{folder}",
+        pretrained=True,
+        summary_tokens=entry["summary_tokens"],
+        registers=entry["registers"],
+    )
+    student.name = entry["name"]
+    return student
+
+
+def _build_adaptor(entry: dict[str, Any]) -> Adaptor:
+    """By class name among the adaptors that are imported; nothing else is imported on a file's word."""
+    known = {cls.__name__: cls for cls in _subclasses(Adaptor)}
+    if entry["class"] not in known:
+        raise UserError(f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import yours first")
+    student, teacher = (
+        Dims(**{k: tuple(map(tuple, v)) if k == "taps" else v for k, v in entry[side].items()})
+        for side in ("student", "teacher")
+    )
+    return known[entry["class"]](student, teacher, entry["token"], entry["tap_names"], **entry["options"])
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as err:
+        raise UserError(f"{path}: missing; give an export folder or a run directory with one (`agglom export`)") from err
+    except json.JSONDecodeError as err:
+        raise UserError(f"{path}: not JSON ({err}); export the run again") from err
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

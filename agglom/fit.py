@@ -1,0 +1,105 @@
+"""`agglom fit`: LightningCLI over Distiller and ShardDataModule, with a run directory around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Sequence
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer import Trainer
+
+from agglom.callbacks import RunCSVLogger, RunDirectory, Stopped, TrainingProgress, checkpoint_path, drop_rows_after
+from agglom.data import ShardDataModule
+from agglom.distiller import Distiller
+from agglom.errors import UserError
+
+# What an unconfigured run does; every value can be set in the YAML.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": -1,  # streams have no end: runs are counted in steps
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 20,
+    "gradient_clip_val": 1.0,
+    "enable_progress_bar": False,  # ours says more
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # the shard streams split themselves
+}
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with the run directory's rules: trainer.default_root_dir is the run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in a run directory that is in use.")
+        parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimiser steps between checkpoints.")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config.fit
+        self.root = Path(config.trainer.default_root_dir or "runs/default")
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(checkpoint_path(self.root))
+        if config.ckpt_path and not Path(config.ckpt_path).is_file():
+            raise UserError(f"ckpt_path: {config.ckpt_path} does not exist; remove --ckpt_path to start a new run")
+        if not config.ckpt_path and (self.root / "config.yaml").exists() and not config.overwrite:
+            raise UserError(
+                f"trainer.default_root_dir: {self.root} holds a run; resume it with --ckpt_path last, start anew with "
+                f"--overwrite true, or choose another directory"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config.fit
+        kwargs["default_root_dir"] = str(self.root)
+        if config.trainer.logger in (None, True):
+            if not config.ckpt_path:
+                (self.root / "metrics.csv").unlink(missing_ok=True)
+            kwargs["logger"] = [
+                RunCSVLogger(str(self.root)),
+                TensorBoardLogger(str(self.root), name="tensorboard", version=""),
+            ]
+        checkpoints = checkpoint_path(self.root)
+        self.trainer_defaults["callbacks"] = [
+            TrainingProgress(),
+            ModelCheckpoint(
+                dirpath=checkpoints.parent,
+                filename=checkpoints.stem,
+                every_n_train_steps=config.checkpoint_every,
+                save_top_k=1,
+                enable_version_counter=False,
+            ),
+            RunDirectory(size=config.data.size),
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: Distiller, datamodule: ShardDataModule, **kwargs: Any) -> None:
+        if kwargs.get("ckpt_path"):
+            import torch
+
+            step = torch.load(kwargs["ckpt_path"], weights_only=True, map_location="cpu")["global_step"]
+            drop_rows_after(self.root / "metrics.csv", step)
+        self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+
+
+def fit(args: Sequence[str]) -> FitCLI:
+    """Run `agglom fit ARGS`; returns the CLI object with its trainer, model and data module."""
+    return FitCLI(
+        Distiller,
+        ShardDataModule,
+        args=["fit", *args],
+        seed_everything_default=0,
+        trainer_defaults=dict(TRAINER_DEFAULTS),
+        parser_kwargs={"parser_mode": "omegaconf"},
+        save_config_kwargs={"overwrite": True},  # before_instantiate_classes has refused what must not be overwritten
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+def stopped_by(err: BaseException) -> int | None:
+    """The signal that ended a fit in order, or None."""
+    return err.signum if isinstance(err, Stopped) else None

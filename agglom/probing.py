@@ -1,0 +1,86 @@
+"""`agglom probe`: which models meet which data, under which name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Mapping, Sequence
+
+from agglom.export import Exported, random_like
+from agglom.features import Backbone, TextTower
+from agglom.probes import run_probes, write_report
+from agglom.runs import load_run, resolve
+
+STUDENT, RANDOM = "student", "random"
+
+
+def probe_run(
+    run: str | Path,
+    *,
+    probes: Sequence[str],
+    limits: Mapping[str, int | None],
+    extra: Sequence[str] = (),
+    data: str | None = None,
+    out: str | Path | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Probe a run's student, its teachers, a student before training, and `extra` references.
+
+    Returns:
+        The path of report.html.
+    """
+    loaded = load_run(run)
+    models: dict[str, Backbone] = {STUDENT: loaded.student, **loaded.teachers}
+    models |= {RANDOM: random_like(loaded.student, seed), **{ref: resolve(ref) for ref in extra}}
+    out = Path(out or Path(run) / "probes")
+    run_probes(
+        models,
+        data=data or loaded.config["data"]["data"],
+        probes=probes,
+        out=out,
+        text=_text_towers(loaded.teachers),
+        student=STUDENT,
+        teachers=list(loaded.teachers),
+        random=RANDOM,
+        limits={split: count for split, count in limits.items() if count is not None},
+        size=size,
+        seed=seed,
+    )
+    return write_report(out)
+
+
+def probe_models(
+    refs: Sequence[str],
+    *,
+    data: str,
+    out: str | Path,
+    probes: Sequence[str],
+    limits: Mapping[str, int | None],
+    size: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """Probe models by reference under one protocol.
+
+    Returns:
+        The path of report.html.
+    """
+    models = {ref: resolve(ref) for ref in refs}
+    student = next((ref for ref, model in models.items() if isinstance(model, Exported)), refs[0])
+    run_probes(
+        models,
+        data=data,
+        probes=probes,
+        out=Path(out),
+        text=_text_towers(models),
+        student=student,
+        teachers=[ref for ref in refs if ref != student],
+        random=None,
+        limits={split: count for split, count in limits.items() if count is not None},
+        size=size,
+        seed=seed,
+    )
+    return write_report(Path(out))
+
+
+def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:
+    return {name: model.text for name, model in models.items() if isinstance(getattr(model, "text", None), TextTower)}

@@ -1,0 +1,119 @@
+"""What a run directory or a model reference holds, brought back to life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from agglom.errors import UserError
+from agglom.export import Exported, load
+from agglom.features import Backbone
+from agglom.teachers import Teacher, from_ref
+
+if TYPE_CHECKING:
+    from agglom.distiller import Distiller
+
+
+@dataclass
+class Run:
+    """A finished training.
+
+    Attributes:
+        path: the run directory.
+        config: its config.yaml.
+        student: its export.
+        teachers: name -> the frozen encoder, built again from the config.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    student: Exported
+    teachers: dict[str, Teacher]
+
+
+def load_run(path: str | Path) -> Run:
+    """Load a run directory with an export.
+
+    Raises:
+        UserError: not a run directory, or it has no export yet.
+    """
+    path = Path(path)
+    config = read_config(path / "config.yaml")
+    return Run(path, config, load(path), build_teachers(config))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's resolved YAML."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError as err:
+        raise UserError(f"{path}: missing; give a run directory, as `agglom fit` leaves it") from err
+
+
+def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:
+    """The encoders of a run's config, without student or data."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--encoder", type=Teacher)
+    built = {}
+    for name, entry in config["model"]["teachers"].items():
+        parsed = parser.parse_object({"encoder": entry["encoder"]})
+        built[name] = parser.instantiate(parsed).encoder
+    return built
+
+
+def resolve(ref: str) -> Backbone:
+    """A model reference: `timm:NAME`, `open_clip:NAME/TAG`, `tiny:clip`, or the path of an export or a run."""
+    if Path(ref).exists():
+        return load(ref)
+    if ":" not in ref:
+        raise UserError(f"model {ref!r}: no such folder; valid: timm:NAME, open_clip:NAME/TAG, tiny:NAME, or a path")
+    return from_ref(ref)
+
+
+def build_distiller(config: dict[str, Any]) -> Distiller:
+    """The training module of a run's config, with fresh weights."""
+    from jsonargparse import ArgumentParser
+
+    from agglom.distiller import Distiller
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Distiller, "model")
+    return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+
+
+def export_checkpoint(ckpt: Path, out: Path) -> Path:
+    """Write the export of a checkpoint (the averaged weights where it holds them).
+
+    Args:
+        ckpt: RUN/checkpoints/NAME.ckpt, or the run directory for its newest.
+        out: the folder to write.
+
+    Raises:
+        UserError: no such checkpoint, or it can't be read.
+    """
+    import torch
+
+    from agglom.callbacks import checkpoint_path, export_module
+    from agglom.teachers import manifest
+
+    path = checkpoint_path(ckpt) if ckpt.is_dir() else ckpt
+    if not path.is_file():
+        raise UserError(f"ckpt: {path} does not exist; give RUN/checkpoints/last.ckpt or a run directory that holds one")
+    config = read_config(path.parent.parent / "config.yaml")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as err:
+        raise UserError(f"ckpt: {path} can't be read ({str(err).splitlines()[0]}); give another checkpoint") from err
+    module = build_distiller(config)
+    module.load_state_dict(state["state_dict"])
+    average = next((c["average"] for n, c in state["callbacks"].items() if n.startswith("WeightEMA") and c), None)
+    if average is not None:
+        module.trained.load_state_dict(average)
+    return export_module(
+        module, out, manifest(dict(module.encoders.items())), config["data"]["size"], state["global_step"]
+    )

@@ -1,0 +1,141 @@
+"""Does a plain value fit a type? All problems at once, each under its full key.
+
+jsonargparse, which builds the objects later, stops at the first problem; this walks on. It knows what agglom's own
+signatures are made of (dataclasses, classes given as class_path and init_args, factories, mappings) and leaves every
+other type to jsonargparse.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import types
+import typing
+from importlib import import_module
+from typing import Any, Iterator, Literal, Mapping
+
+from agglom.errors import nearest
+
+_UNION = (typing.Union, types.UnionType)
+
+
+def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
+    """One line for each way in which `value`, found under `key`, does not fit `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or kind is inspect.Parameter.empty:
+        return
+    if origin in _UNION:
+        if value is None and type(None) in arguments:
+            return
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) == 1:
+            yield from problems(key, value, options[0])
+        elif all(list(problems(key, value, option)) for option in options):
+            yield f"{key}: {_show(value)}; valid: {_name(kind)}"
+    elif origin is Literal:
+        if value not in arguments:
+            yield f"{key}: {_show(value)}; {nearest(str(value), map(str, arguments))}"
+    elif origin is collections.abc.Callable:
+        yield from _instance(key, value, arguments[1], given=len(arguments[0]))
+    elif dataclasses.is_dataclass(kind):
+        yield from _arguments(key, value, kind)
+    elif origin in (dict, collections.abc.Mapping):
+        if not isinstance(value, Mapping):
+            yield f"{key}: {_show(value)}; valid: a mapping"
+            return
+        for name, item in value.items():
+            yield from problems(f"{key}.{name}", item, arguments[1])
+    elif inspect.isclass(kind) and kind.__module__.split(".")[0] == "agglom":
+        yield from _instance(key, value, kind, given=0)
+    elif not _parses(value, kind):
+        yield f"{key}: {_show(value)}; valid: {_name(kind)}"
+
+
+def signature_problems(key: str, value: Any, callable_: Any, *, given: int = 0) -> Iterator[str]:
+    """The same for the arguments of a class or function; the first `given` are filled in by the caller."""
+    yield from _arguments(key, value, callable_, given=given)
+
+
+def find_class(path: str, base: type) -> type | None:
+    """The class a class_path names: a dotted path, or the bare name of an imported subclass of `base`; else None."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        return {cls.__name__: cls for cls in [base, *_subclasses(base)]}.get(name)
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if inspect.isclass(found) else None
+
+
+def _instance(key: str, value: Any, base: type, *, given: int) -> Iterator[str]:
+    """A class, by class_path and init_args or by its path alone."""
+    entry = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping) or "class_path" not in entry:
+        yield f"{key}: {_show(value)}; valid: a mapping with class_path and init_args, of a {base.__name__}"
+        return
+    for name in set(entry) - {"class_path", "init_args"}:
+        yield f"{key}.{name}: unknown key; valid: class_path, init_args (options belong under init_args)"
+    cls = find_class(str(entry["class_path"]), base)
+    if cls is None or not issubclass(cls, base):
+        prefix = str(entry["class_path"]).rpartition(".")[0]
+        valid = {f"{prefix}.{c.__name__}" if prefix else c.__name__ for c in _subclasses(base) if not inspect.isabstract(c)}
+        reason = "unknown class" if cls is None else f"no {base.__name__}"
+        yield f"{key}.class_path: {entry['class_path']}: {reason}; {nearest(str(entry['class_path']), valid)}"
+        return
+    yield from _arguments(f"{key}.init_args", entry.get("init_args") or {}, cls, given=given)
+
+
+def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"{key}: {_show(value)}; valid: a mapping of options"
+        return
+    target = callable_.__init__ if inspect.isclass(callable_) else callable_
+    hints = typing.get_type_hints(target)
+    parameters = [p for p in inspect.signature(target).parameters.values() if p.name != "self"][given:]
+    named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    for name, item in value.items():
+        if name in named:
+            yield from problems(f"{key}.{name}", item, hints.get(name, Any))
+        elif not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            yield f"{key}.{name}: unknown key; {nearest(str(name), named)}"
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in value:
+            yield f"{key}.{name}: missing; valid: {_name(hints.get(name, Any))}; add the key"
+
+
+def _parses(value: Any, kind: Any) -> bool:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        parser.parse_object({"value": value})
+    except Exception:  # noqa: BLE001  whatever it raises means: no
+        return False
+    return True
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _name(kind: Any) -> str:
+    """A type as a reader of YAML would call it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNION:
+        return " or ".join("null" if option is type(None) else _name(option) for option in arguments)
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (list, tuple, dict):
+        inner = ", ".join(_name(a) if a is not ... else "..." for a in arguments)
+        return f"{origin.__name__} of ({inner})"
+    return getattr(kind, "__name__", str(kind))
