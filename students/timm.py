@@ -58,7 +58,7 @@ class TimmStudent(Student):
         self.backbone = _build(name, pretrained=pretrained, checkpoint=checkpoint, options=options)
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
-        self.tokens = summary_tokens
+        self.tokens, self.registers = summary_tokens, registers
         self.is_vit = hasattr(self.backbone, "num_prefix_tokens") and hasattr(self.backbone, "blocks")
         if self.is_vit and self.backbone.num_prefix_tokens < summary_tokens:
             raise UserError(
