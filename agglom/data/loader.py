@@ -75,7 +75,7 @@ class Loader(DataLoader):
             yield batch
         else:
             return
-        # Workers end at once when their iterator dies here. Held by the traceback of the error it would die in a garbage
+        # Workers end at once when their iterator dies here. Held by the traceback of the error, it dies in a garbage
         # collection, which closes the queues first, and torch waits five seconds a worker (seen with 2.14).
         self._iterator = None
         raise UserError(batch.message)
