@@ -3,7 +3,11 @@
 if __name__ == "adaptors":
     raise ImportError("import agglom.adaptors, not adaptors: this folder is part of the agglom package")
 
-from agglom.adaptors.base import Adaptor, fold
+from agglom.adaptors.attention import AttentionAdaptor
+from agglom.adaptors.base import Adaptor
+from agglom.adaptors.conv import ConvAdaptor
+from agglom.adaptors.ladder import LadderAdaptor
 from agglom.adaptors.mlp import MLPAdaptor
+from agglom.adaptors.orthogonal import OrthogonalAdaptor
 
-__all__ = ["Adaptor", "MLPAdaptor", "fold"]
+__all__ = ["Adaptor", "AttentionAdaptor", "ConvAdaptor", "LadderAdaptor", "MLPAdaptor", "OrthogonalAdaptor"]

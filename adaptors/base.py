@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Sequence
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agglom.errors import UserError
@@ -26,12 +26,22 @@ class Adaptor(nn.Module):
 
     Attributes:
         taps: names of the student blocks that it reads beside the student's output.
+        options: the keyword-only options that it was built with.
 
     Raises:
         UserError: the token does not exist, or the teacher gives something that the student has no features for.
     """
 
     taps: Sequence[str] = ()
+    options: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Adaptor:
+        # An export has to write down how to build the adaptor again; kept here so that no subclass can forget it.
+        self = super().__new__(cls)
+        self.__dict__["options"] = {
+            k: v for k, v in kwargs.items() if k not in ("student", "teacher", "token", "tap_names")
+        }
+        return self
 
     def __init__(self, student: Dims, teacher: Dims, token: int = 0, tap_names: Sequence[str] = ()) -> None:
         super().__init__()
@@ -69,28 +79,11 @@ class Adaptor(nn.Module):
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
         """The layers whose output is the prediction: {"summary": layer or None, "spatial": layer or None}.
 
-        A normaliser folds itself into them (`fold`). Each has a bias. Where a head upsamples by u, its layer has
-        u * u * C_t outputs: u * u groups of C_t, a group being one place of the u x u cell.
+        Where a normaliser folds itself in for an export; called on a copy, since an adaptor whose last layer is
+        constrained gives the constraint up here. Where a head upsamples by u, its layer has C_t * u * u outputs, in
+        `nn.PixelShuffle`'s order (C_t, u, u).
         """
         raise NotImplementedError
-
-
-@torch.no_grad()
-def fold(layer: nn.Linear | nn.Conv2d, matrix: Tensor, offset: Tensor) -> None:
-    """Replace a layer's output y by `matrix @ y + offset`, exactly, in its weights (computed in float64).
-
-    Args:
-        layer: a Linear or 1x1 convolution with bias and g * C outputs (see `Adaptor.last_linears`).
-        matrix: (C, C) or, for a diagonal, (C,).
-        offset: (C,).
-    """
-    matrix = torch.diag(matrix) if matrix.ndim == 1 else matrix
-    theta = matrix.to(layer.weight.device, torch.float64)
-    width = theta.shape[0]
-    weight = layer.weight.double().reshape(-1, width, layer.weight[0].numel())  # (g, C, in)
-    layer.weight.copy_((theta @ weight).reshape(layer.weight.shape))
-    bias = layer.bias.double().reshape(-1, width) @ theta.T + offset.to(theta)
-    layer.bias.copy_(bias.flatten())
 
 
 def to_tokens(spatial: Tensor) -> Tensor:
@@ -103,10 +96,14 @@ def to_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, tuple(grid))
 
 
-def spread_cells(tokens: Tensor, grid: Sequence[int], factor: int) -> Tensor:
-    """(B, H * W, u * u * C) -> (B, C, u * H, u * W): every token becomes a cell of u x u, u = `factor`."""
-    if factor == 1:
-        return to_map(tokens, grid)
-    height, width = grid
-    cells = tokens.unflatten(2, (factor, factor, -1)).unflatten(1, (height, width))  # (B, H, W, u, u, C)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height * factor, width * factor)
+def to_cells(tokens: Tensor, grid: Sequence[int], factor: int) -> Tensor:
+    """(B, H * W, C * u * u) -> (B, C, u * H, u * W): every token becomes u x u cells, u = `factor`."""
+    return F.pixel_shuffle(to_map(tokens, grid), factor) if factor > 1 else to_map(tokens, grid)
+
+
+def trunc_normal(module: nn.Module) -> None:
+    """For `module.apply`: Linear weights from a normal of std 0.02 truncated at 2 std, biases 0 (timm's ViT)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -6,7 +6,7 @@ from typing import Literal, Sequence
 
 from torch import Tensor, nn
 
-from agglom.adaptors.base import Adaptor, spread_cells, to_tokens
+from agglom.adaptors.base import Adaptor, to_cells, to_tokens
 from agglom.errors import UserError, nearest
 from agglom.features import Dims, Features, StudentFeatures
 
@@ -89,7 +89,7 @@ class MLPAdaptor(Adaptor):
             summary = self.summary(student.summary[:, self.token])
         if self.spatial is not None:
             tokens = self.spatial(to_tokens(student.spatial))
-            spatial = spread_cells(tokens, student.spatial.shape[-2:], self.upsample)
+            spatial = to_cells(tokens, student.spatial.shape[-2:], self.upsample)
         return Features(summary, spatial)
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:

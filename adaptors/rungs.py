@@ -1,0 +1,137 @@
+"""sum over r of W2_r GELU(W1_r x_r + b1_r), in few large products and with the hidden units kept once.
+
+Written plainly, autograd keeps every hidden unit twice (before the GELU for its derivative, after it for the gradient
+of W2) and adds R outputs one by one. Here the rungs' hidden units lie side by side in one matrix, so that the second
+layers and the sum are one product, and what comes after the GELU is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Hidden units a product takes at once on a CPU. It gains nothing from wider ones and loses to memory traffic:
+# temporaries that outgrow the allocator's free list go back to the system and are faulted in anew at every step.
+CPU_PIECE = 1536
+
+
+def sum_of_rungs(
+    rungs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    last: Tensor,
+    last_bias: Tensor | None,
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """The ladder's sum for rungs on one grid.
+
+    Args:
+        rungs: x_r, (M, d_r) each.
+        weights: W1_r, (h_r, d_r) each.
+        biases: b1_r, (h_r,) each.
+        last: the W2_r side by side, (D, sum of h_r).
+        last_bias: (D,) or None.
+        recompute: keep no hidden units for the backward pass at all.
+
+    Returns:
+        (M, D), in autocast's dtype where autocast is on.
+    """
+    device = rungs[0].device.type
+    if torch.compiler.is_compiling():  # a compiler decides by itself what to keep, and sees through plain code
+        hidden = torch.cat([F.linear(x, w, b) for x, w, b in zip(rungs, weights, biases, strict=True)], 1)
+        return F.linear(F.gelu(hidden), last, last_bias)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rungs, weights, biases = ([t.to(dtype) for t in group] for group in (rungs, weights, biases))
+        last, last_bias = last.to(dtype), None if last_bias is None else last_bias.to(dtype)
+    # Pieces add up in the output's precision, so half precision takes all in one.
+    piece = CPU_PIECE if device == "cpu" and last.dtype.itemsize >= 4 else None
+    keep = torch.is_grad_enabled() and not recompute
+    with torch.autocast(device, enabled=False):
+        return _SumOfRungs.apply(len(rungs), piece, keep, last, last_bias, *rungs, *weights, *biases)
+
+
+class _SumOfRungs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, piece, keep, last, last_bias, *tensors):
+        rungs, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        rows, kept = len(rungs[0]), []
+        out = last.new_zeros(rows, len(last)) if last_bias is None else last_bias.repeat(rows, 1)
+        for columns, parts in _pieces([len(w) for w in weights], piece):
+            hidden = _hidden(rungs, weights, biases, parts)
+            out.addmm_(F.gelu(hidden), last[:, columns].T)
+            if keep:
+                kept.append(hidden)
+        ctx.count, ctx.piece, ctx.keep = count, piece, keep
+        ctx.save_for_backward(last, *kept, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        count, last, *tensors = ctx.count, *ctx.saved_tensors
+        kept, tensors = tensors[: len(tensors) - 3 * count], tensors[len(tensors) - 3 * count :]
+        rungs, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        needs = ctx.needs_input_grad
+        rung_needs, weight_needs = needs[5 : 5 + count], needs[5 + count : 5 + 2 * count]
+        grad_last = torch.empty_like(last, memory_format=torch.contiguous_format) if needs[3] else None
+        grad_last_bias = grad.sum(0) if needs[4] else None
+        grad_rungs: list[Tensor | None] = [None] * count
+        grad_weights = [torch.empty_like(w) if need else None for w, need in zip(weights, weight_needs, strict=True)]
+        grad_biases = [torch.empty_like(b) for b in biases]
+        scratch: dict[int, Tensor] = {}
+        for i, (columns, parts) in enumerate(_pieces([len(w) for w in weights], ctx.piece)):
+            hidden = kept[i] if ctx.keep else _hidden(rungs, weights, biases, parts)
+            # One scratch matrix holds in turn GELU(hidden), the gradient after the GELU and the one before it.
+            if hidden.shape[1] not in scratch:
+                scratch[hidden.shape[1]] = torch.empty_like(hidden)
+            work = scratch[hidden.shape[1]]
+            if grad_last is not None:
+                torch.ops.aten.gelu.out(hidden, out=work)
+                grad_last[:, columns] = grad.T @ work
+            torch.mm(grad, last[:, columns], out=work)
+            torch.ops.aten.gelu_backward.grad_input(work, hidden, grad_input=work)
+            sums = work.sum(0)
+            for r, units, place in parts:
+                here = work[:, place]
+                grad_biases[r][units] = sums[place]
+                if grad_weights[r] is not None:
+                    torch.mm(here.T, rungs[r], out=grad_weights[r][units])
+                if rung_needs[r]:
+                    if grad_rungs[r] is None:
+                        grad_rungs[r] = here @ weights[r][units]
+                    else:
+                        grad_rungs[r].addmm_(here, weights[r][units])
+        return None, None, None, grad_last, grad_last_bias, *grad_rungs, *grad_weights, *grad_biases
+
+
+def _hidden(
+    rungs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], parts: list[tuple[int, slice, slice]]
+) -> Tensor:
+    """One piece's hidden units before the GELU, (M, units)."""
+    out = rungs[0].new_empty(len(rungs[0]), parts[-1][2].stop)
+    for r, units, place in parts:
+        torch.addmm(biases[r][units], rungs[r], weights[r][units].T, out=out[:, place])
+    return out
+
+
+def _pieces(hidden: Sequence[int], piece: int | None) -> Iterator[tuple[slice, list[tuple[int, slice, slice]]]]:
+    """Cut the rungs' hidden units, side by side, into pieces of at most `piece`.
+
+    Yields:
+        the piece's columns of `last`, and its parts: (rung, units of that rung, their columns of the piece).
+    """
+    total = sum(hidden)
+    for start in range(0, total, piece or total):
+        stop, left, parts = min(start + (piece or total), total), 0, []
+        for r, units in enumerate(hidden):
+            low, high = max(start, left), min(stop, left + units)
+            if low < high:
+                parts.append((r, slice(low - left, high - left), slice(low - start, high - start)))
+            left += units
+        yield slice(start, stop), parts
