@@ -164,7 +164,8 @@ class ShardDataModule(LightningDataModule):
         """Batches per rank that the trainer has processed; it restores this number itself, after our state."""
         if self.trainer is None:
             return self._batches_before
-        return max(self._batches_before, self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return max(self._batches_before, total.processed)  # type: ignore[attr-defined]
 
     def _index(self) -> Index:
         if self.index is None:

@@ -36,7 +36,7 @@ class ShardInfo(NamedTuple):
     """One tar of a split: its file, relative to the root (or an address of its own), and its number of samples."""
 
     file: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks a shard for
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class View:
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """uint8 (3, H, W) -> uint8 (3, size, size). Draws from `generator`, or from torch's global one."""
-        return self._image(image, self.window(*image.shape[-2:], generator))
+        return self._image(image, self.window(image.shape[-2], image.shape[-1], generator))
 
     def sample(self, sample: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
         """The same for a decoded sample: `image`, `seg` (nearest neighbour) and `boxes` stay on top of each other."""
@@ -56,7 +56,7 @@ class View:
             if "boxes" in sample:
                 raise UserError("fields: a view of 'boxes' needs 'image' or 'seg' too, for its size")
             return out
-        window = self.window(*pixels.shape[-2:], generator)
+        window = self.window(pixels.shape[-2], pixels.shape[-1], generator)
         if "image" in sample:
             out["image"] = self._image(sample["image"], window)
         if "seg" in sample:
