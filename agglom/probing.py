@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Mapping, Sequence
 
+from agglom.data import read_index
 from agglom.export import Exported, random_like
 from agglom.features import Backbone, TextTower
-from agglom.probes import run_probes, write_report
+from agglom.probes import TEMPLATES, run_probes, write_report
 from agglom.runs import load_run, resolve
 
 STUDENT, RANDOM = "student", "random"
@@ -33,9 +34,11 @@ def probe_run(
     models: dict[str, Backbone] = {STUDENT: loaded.student, **loaded.teachers}
     models |= {RANDOM: random_like(loaded.student, seed), **{ref: resolve(ref) for ref in extra}}
     out = Path(out or Path(run) / "probes")
+    data = data or loaded.config["data"]["data"]
     run_probes(
         models,
-        data=data or loaded.config["data"]["data"],
+        data=data,
+        templates=_templates(data),
         probes=probes,
         out=out,
         text=_text_towers(loaded.teachers),
@@ -69,6 +72,7 @@ def probe_models(
     run_probes(
         models,
         data=data,
+        templates=_templates(data),
         probes=probes,
         out=Path(out),
         text=_text_towers(models),
@@ -84,3 +88,8 @@ def probe_models(
 
 def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:
     return {name: model.text for name, model in models.items() if isinstance(getattr(model, "text", None), TextTower)}
+
+
+def _templates(data: str) -> Sequence[str]:
+    """Zero-shot prompts: the data set's own, where its index names some (`extra.templates`), else plain English ones."""
+    return read_index(data).extra.get("templates", TEMPLATES)

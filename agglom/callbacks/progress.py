@@ -97,7 +97,7 @@ class TrainingProgress(pl.Callback):
 
 def _losses(metrics: dict[str, Any]) -> list[str]:
     """`loss 0.512`, then each teacher's, from the metrics that the distiller logs."""
-    chosen = {k: v for k, v in metrics.items() if k.startswith("train/") and k.endswith("/loss")}
+    chosen = {k: v for k, v in metrics.items() if k.startswith("train/") and k.count("/") == 2 and k.endswith("/loss")}
     total = [f"loss {float(metrics['train/loss']):.3f}"] if "train/loss" in metrics else []
     return total + [f"{name.split('/')[1]} {float(value):.3f}" for name, value in chosen.items()]
 

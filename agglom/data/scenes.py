@@ -271,7 +271,7 @@ def write_scenes(
         language="en",
         licence="MIT",
         source="fashion scenes, composed from Fashion-MNIST (Zalando SE)",
-        extra={"scenes": made},
+        extra={"scenes": made, "templates": list(PROMPTS)},
     )
 
 
