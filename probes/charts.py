@@ -63,7 +63,8 @@ def line_chart(title: str, series: Series) -> str:
     body = f'<polyline points="{path}"/>' if len(series) > 1 else f'<circle r="3" cx="{left}" cy="{top}"/>'
     return (
         f'<figure class="chart"><figcaption><code>{escape(title)}</code></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{axis}{steps}{body}</svg></figure>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f"{axis}{steps}{body}</svg></figure>"
     )
 
 
@@ -101,7 +102,8 @@ def interval_chart(
         parts.append(
             f'<text class="name" x="{x(max(value, *(ci or (0,)))) + 10:.1f}" y="{y + 4}">{100 * value:.1f}</text>'
         )
-    return f'<svg class="dots" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    size = f'viewBox="0 0 {width} {height}"'
+    return f'<svg class="dots" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:

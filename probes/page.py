@@ -24,16 +24,16 @@ p{margin:.5rem 0}.dim,caption{color:var(--dim)}.lead{font-size:1.1rem}
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin:.5rem 0}
 caption{text-align:left;font-size:.9rem;padding:.25rem 0}th,td{padding:.4rem .6rem;text-align:right;
-border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,td.text{text-align:left}
+border-bottom:1px solid var(--line);white-space:nowrap}th:first-child,th.text,td.text{text-align:left}
 td.text{white-space:normal;overflow-wrap:anywhere;min-width:9rem}thead th{font-size:.85rem;color:var(--dim)}
 .ci{color:var(--dim);font-size:.8rem;display:block}td .big{font-weight:650;font-size:1.1rem}
 .r1{background:var(--r1)}.r2{background:var(--r2)}.r3{background:var(--r3)}.r4{background:var(--r4)}
 .r5{background:var(--r5)}.r1 .ci,.r2 .ci,.r3 .ci,.r4 .ci,.r5 .ci{color:inherit}
 .key{display:inline-block;padding:0 .45rem;margin-right:.25rem;border-radius:.2rem;font-size:.85rem}
-.swatch{display:inline-block;width:.8rem;height:.8rem;border-radius:.15rem;margin:0 .3rem 0 .7rem;vertical-align:-.05rem;
-border:1px solid var(--line)}
+.swatch{display:inline-block;width:.8rem;height:.8rem;border-radius:.15rem;margin:0 .3rem 0 .7rem;
+vertical-align:-.05rem;border:1px solid var(--line)}
 .strip{display:grid;grid-template-columns:9.5rem 1fr;gap:.6rem;align-items:center;margin:.35rem 0}
-.strip img{width:100%;display:block;image-rendering:pixelated;border-radius:.2rem}
+.strip img{width:100%;height:auto;display:block;image-rendering:pixelated;border-radius:.2rem}
 .strip figcaption{font-size:.9rem;overflow-wrap:anywhere}
 figure{margin:0}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(16rem,1fr));gap:1rem}
 svg{width:100%;height:auto;display:block;overflow:visible}svg text{fill:var(--dim);font-size:10px}
@@ -43,7 +43,7 @@ svg circle{fill:var(--random)}svg circle.student{fill:var(--student)}svg line.st
 svg circle.teacher{fill:var(--teacher)}svg line.teacher{stroke:var(--teacher)}.dots{max-width:42rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 .card{border:1px solid var(--line);border-radius:.4rem;padding:.75rem;background:var(--soft)}
-.card img{width:100%;max-width:8rem;image-rendering:pixelated;border-radius:.2rem}.card ol{margin:.1rem 0 .5rem;
+.card img{width:8rem;height:auto;image-rendering:pixelated;border-radius:.2rem}.card ol{margin:.1rem 0 .5rem;
 padding-left:1.4rem}.card li{font-size:.9rem}.right{font-weight:650}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);padding:.75rem;border-radius:.3rem;font-size:.8rem}
 summary{cursor:pointer}
@@ -61,18 +61,26 @@ def page(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells that are HTML already: `<td ...>...</td>`, or bare text for the row's heading."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    rows = list(rows)
+    wordy = [bool(rows) and i < len(rows[0]) and rows[0][i].startswith('<td class="text">') for i in range(len(head))]
+    top = "".join(
+        f'<th scope="col"{" class=text" if words else ""}>{escape(cell)}</th>'
+        for cell, words in zip(head, wordy, strict=True)
+    )
     body = "".join(f'<tr><th scope="row">{escape(row[0])}</th>{"".join(row[1:])}</tr>' for row in rows)
+    label = escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
-        f"</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
+        f"<caption>{label}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -87,7 +95,8 @@ def picture(array: np.ndarray, alt: str) -> str:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" width="{array.shape[1]}" height="{array.shape[0]}" src="data:image/png;base64,{data}">'
+    size = f'width="{array.shape[1]}" height="{array.shape[0]}"'
+    return f'<img alt="{escape(alt)}" {size} src="data:image/png;base64,{data}">'
 
 
 def strip(images: np.ndarray, name: str, alt: str, *, side: int = 64) -> str:

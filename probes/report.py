@@ -61,7 +61,10 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
         rows.append(
             [
                 name,
-                *(cell(_pc(k["student"]), f"{_pc(k['value'])} kept", kind=_grade(k["value"])) if k else cell("-") for k in kept),
+                *(
+                    cell(_pc(k["student"]), f"{_pc(k['value'])} kept", kind=_grade(k["value"])) if k else cell("-")
+                    for k in kept
+                ),
                 cell(_pc(mean), kind=_grade(mean)),
             ]
         )  # fmt: skip
@@ -108,14 +111,14 @@ def markdown(report: Mapping[str, Any], losses: Mapping[str, Series]) -> str:
     kept = report["retention"]
     if kept:
         rows = [
-            [_title(p), _metric(r["metric"]), _pc(r["student"]), f"{_pc(r['best_teacher'])} ({_md(r['best_teacher_name'])})",
-             f"**{_pc(r['value'])}**", _ci(r["ci"])]
+            [_title(p), _metric(r["metric"]), _pc(r["student"]),
+             f"{_pc(r['best_teacher'])} ({_md(r['best_teacher_name'])})", f"**{_pc(r['value'])}**", _ci(r["ci"])]
             for p, r in kept.items()
         ]  # fmt: skip
         head = ["probe", "metric", "student", "best teacher", "retention", "95 % interval"]
         parts += ["## Retention", "Student / best teacher, in percent.", _md_table(head, rows)]
     parts.append("## Scores")
-    for probe, entry in report["protocol"].items():
+    for probe in report["protocol"]:
         names = [n for n in report["models"] if probe in report["models"][n]]
         if not names:
             continue
@@ -173,8 +176,8 @@ def _retention(report: Mapping[str, Any]) -> str:
     )
     head = ["Probe", "Metric", "Student", "Best teacher", "Retention", *(f"of {t}" for t in teachers)]
     return (
-        "<section><h2 id=\"retention\">Retention</h2><p>The student's metric divided by the best teacher's, and by each "
-        "teacher's, in percent. Small print: 95 % bootstrap interval over test images, paired.</p>"
+        "<section><h2 id=\"retention\">Retention</h2><p>The student's metric divided by the best teacher's, and by "
+        "each teacher's, in percent. Small print: 95 % bootstrap interval over test images, paired.</p>"
         + table("What the student kept, in percent", head, rows)
         + f'<p class="dim">Colours: {key}</p></section>'
     )
@@ -219,8 +222,8 @@ def _curves(losses: Mapping[str, Series]) -> str:
         return ""
     charts = "".join(line_chart(name, series) for name, series in losses.items())
     return (
-        '<section><h2 id="training">Training</h2><p>Losses over optimiser steps; each point is the mean of a stretch of '
-        f'steps.</p><div class="charts">{charts}</div></section>'
+        '<section><h2 id="training">Training</h2><p>Losses over optimiser steps; each point is the mean of a stretch '
+        f'of steps.</p><div class="charts">{charts}</div></section>'
     )
 
 
@@ -235,8 +238,9 @@ def _maps(report: Mapping[str, Any], saved: Mapping[str, Mapping[str, np.ndarray
         shown = f"{side} through its adaptor for {teacher}" if teacher else name
         parts.append(strip(colours, shown, f"Feature map colours of {shown} on the same {count} images"))
     return (
-        '<section><h2 id="maps">Feature maps</h2><p>The first three principal components of each feature map over these '
-        "test images, as red, green and blue. Components of different models have no common order or sign, so each "
+        '<section><h2 id="maps">Feature maps</h2><p>The first three principal components of each feature map over '
+        "these test images, as red, green and blue. Components of different models have no common order or "
+        "sign, so each "
         f"model's are rotated (nothing else) to agree with {escape(report['student'])} where they can. The student "
         "through an adaptor lives in that teacher's space and shares the teacher's basis and colours exactly: the two "
         f"rows should look alike.</p>{''.join(parts)}</section>"
@@ -309,12 +313,13 @@ def _provenance(report: Mapping[str, Any]) -> str:
     models = [[n, *map(text, _model_facts(p))] for n, p in report["provenance"]["models"].items()]
     full = json.dumps(report["protocol"], indent=1)
     return (
-        '<section><h2 id="protocol">Protocol and provenance</h2><p>Backbones are frozen. Whatever is fitted is fitted on '
-        "the train split, whatever is chosen is chosen on the val split, and the test split is looked at once.</p>"
+        '<section><h2 id="protocol">Protocol and provenance</h2><p>Backbones are frozen. Whatever is fitted is '
+        "fitted on the train split, whatever is chosen is chosen on the val split, and the test split is looked "
+        "at once.</p>"
         + table("Data and software", ["What", "Value"], facts)
         + table("Models", ["Model", "Role", "Parameters", "Input", "Weights", "Fingerprint"], models)
-        + f"<details><summary>Every hyper-parameter, grid and validation score</summary><pre>{escape(full)}</pre></details>"
-        + "</section>"
+        + "<details><summary>Every hyper-parameter, grid and validation score</summary>"
+        + f"<pre>{escape(full)}</pre></details></section>"
     )
 
 
@@ -325,8 +330,8 @@ def _lead(report: Mapping[str, Any]) -> str:
             f"{report['student']}, frozen, under {len(report['protocol'])} probes; there is no teacher to compare with."
         )
     return (
-        f"Over {len(kept)} probes {report['student']} keeps {_pc(mean)} % of the best teacher on the mean, with one frozen "
-        f"backbone in the place of {len(report['teachers'])} ({', '.join(report['teachers'])})."
+        f"Over {len(kept)} probes {report['student']} keeps {_pc(mean)} % of the best teacher on the mean, with one "
+        f"frozen backbone in the place of {len(report['teachers'])} ({', '.join(report['teachers'])})."
     )
 
 
@@ -347,7 +352,8 @@ def _how(report: Mapping[str, Any], probe: str) -> str:
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     data, made = report["data"], report["provenance"]
     splits = "; ".join(
-        f"{role}: {s['count']} images ({s['rows']} of {s['split']}" + (f", {s['unreadable']} unreadable)" if s["unreadable"] else ")")
+        f"{role}: {s['count']} images ({s['rows']} of {s['split']}"
+        + (f", {s['unreadable']} unreadable)" if s["unreadable"] else ")")
         for role, s in data["splits"].items()
     )  # fmt: skip
     seconds = report["seconds"]

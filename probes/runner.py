@@ -89,7 +89,9 @@ def run_probes(
     text = dict(text or {})
     built = [_build(probe, templates) for probe in probes]
     _check_names(models, student, teachers, random, text, limits)
-    fields = tuple(sorted({field for probe in built for field in probe.fields}))
+    fields = tuple(
+        sorted({"txt"} | {field for probe in built for field in probe.fields})
+    )  # txt: captions in the report
     source = Source.open(data, size=size, fields=fields)
     plan = splits_of(source.index)
     source = replace(source, limits={plan[role]["split"]: n for role, n in (limits or {}).items() if role in plan})
