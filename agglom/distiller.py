@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,7 @@ from agglom.heads import AdaptorFactory, Head, LossFactory, NormalizerFactory, T
 from agglom.objectives import Cosine, CosineSmoothL1
 from agglom.schedules import Schedule, multiplier
 from agglom.students import Student, attend_plainly
-from agglom.targets import Standardize
+from agglom.targets import Memory, Standardize
 
 
 class Distiller(pl.LightningModule):
@@ -45,6 +45,8 @@ class Distiller(pl.LightningModule):
         schedule: after the warm-up.
         final_lr: learning rate at the last step as a share of the peak (cosine).
         ema_decay: of the averaged weights that are validated and exported; null for none.
+        remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
+            only for training without random crops and flips.
 
     Raises:
         UserError: a loss on something that a teacher doesn't give, or too few summary tokens.
@@ -67,6 +69,7 @@ class Distiller(pl.LightningModule):
         schedule: Schedule = "cosine",
         final_lr: float = 0.01,
         ema_decay: float | None = 0.999,
+        remember_teachers: bool = False,
     ) -> None:
         super().__init__()
         if not teachers:
@@ -97,6 +100,7 @@ class Distiller(pl.LightningModule):
         self.optimizer, self.lr, self.weight_decay, self.betas = optimizer, lr, weight_decay, betas
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
         self.ema_decay = ema_decay
+        self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
 
     @property
     def student(self) -> Student:
@@ -106,9 +110,17 @@ class Distiller(pl.LightningModule):
     def heads(self) -> nn.ModuleDict:
         return self.trained["heads"]
 
-    def targets(self, images: Tensor) -> dict[str, Features]:
-        """images (B, 3, H, W) in [0, 1] -> each teacher's normalised features, without gradient."""
-        return {name: self.heads[name].targets(self.encoders[name](images)) for name in self.names}
+    def targets(self, images: Tensor, keys: Sequence[str] = ()) -> dict[str, Features]:
+        """images (B, 3, H, W) in [0, 1] -> each teacher's normalised features, without gradient.
+
+        `keys` identify the images where teachers are remembered; validation images must have others than training's.
+        """
+
+        def raw(name: str) -> Features:
+            encoder = self.encoders[name]
+            return self.memories[name].features(encoder, images, keys) if self.memories else encoder(images)
+
+        return {name: self.heads[name].targets(raw(name)) for name in self.names}
 
     def losses(self, student: StudentFeatures, targets: dict[str, Features]) -> dict[str, dict[str, Tensor]]:
         """Per teacher and kind, (B,) each."""
@@ -117,7 +129,7 @@ class Distiller(pl.LightningModule):
     def step(self, batch: dict[str, Any], stage: str) -> Tensor:
         """One forward pass; logs under `stage/` and returns the scalar loss."""
         images = batch["image"]
-        targets = self.targets(images)
+        targets = self.targets(images, [f"{stage}/{key}" for key in batch["key"]] if self.memories else ())
         losses = self.losses(self.student(images, self.taps), targets)
         per_image = torch.stack([self.heads[name].combine(losses[name]) for name in self.names])  # (T, B)
         weights = self.balance(per_image, torch.ones_like(per_image, dtype=torch.bool))

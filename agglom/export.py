@@ -142,13 +142,17 @@ class ThroughAdaptor:
         return self.adaptor(self.exported.student(images, tuple(self.adaptor.taps)))
 
 
+class _NoAdaptor(UserError, KeyError):
+    """A KeyError as a mapping owes it, that reads well when it reaches the user."""
+
+
 class _Adaptors(Mapping[str, ThroughAdaptor]):
     def __init__(self, exported: Exported) -> None:
         self.exported = exported
 
     def __getitem__(self, name: str) -> ThroughAdaptor:
         if name not in self.exported.heads:
-            raise UserError(f"adaptor {name!r}; {nearest(name, self.exported.heads)}")
+            raise _NoAdaptor(f"adaptor {name!r}; {nearest(name, self.exported.heads)}")
         return ThroughAdaptor(self.exported, name)
 
     def __iter__(self) -> Iterator[str]:

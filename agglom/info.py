@@ -13,7 +13,7 @@ def listing(pattern: str = "") -> str:
     import open_clip
     import timm
 
-    from agglom.teachers import TINY_NAMES
+    from agglom.teachers.tiny import NAMES as TINY_NAMES
 
     tiny = [f"tiny:{name}" for name in TINY_NAMES]
     clips = [f"open_clip:{name}/{tag}" for name, tag in open_clip.list_pretrained()]
