@@ -119,7 +119,9 @@ def test_intervals_are_the_binomials_and_paired():
     correct = np.arange(400) < 300
     low, high = interval(accuracy_resamples(correct))
     sigma = (0.75 * 0.25 / 400) ** 0.5
-    assert low == pytest.approx(0.75 - 1.96 * sigma, abs=0.006) and high == pytest.approx(0.75 + 1.96 * sigma, abs=0.006)
+    assert low == pytest.approx(0.75 - 1.96 * sigma, abs=0.006) and high == pytest.approx(
+        0.75 + 1.96 * sigma, abs=0.006
+    )
     values = np.random.default_rng(0).normal(size=(400, 1))
     first, twice = (bootstrap(v, lambda m: m[:, 0], seed=3) for v in (values, 2 * values))
     np.testing.assert_allclose(twice, 2 * first)

@@ -1,0 +1,271 @@
+"""From shards to the report: extraction and its cache, the runner, report.json's schema, the pages.
+
+Also: escaping of what data says, reports without models, comparison, and one clear line for each bad input.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from agglom.data import write_index, write_shard
+from agglom.errors import UserError
+from agglom.features import Features, InputSpec
+from agglom.probes import read_report, run_probes, write_comparison, write_report
+from agglom.probes.charts import read_losses, thin
+from agglom.probes.extract import Source, Wanted, extract, fit
+from agglom.probes.fingerprint import behaviour_hash, weights_hash
+from agglom.probes.pictures import pca_maps
+
+EVIL = "<script>alert(1)</script>|x"
+CLASSES = ("red", "green", EVIL)
+
+
+def sample(i, size=16, **changes):
+    rng = np.random.default_rng(i)
+    label = i % 3
+    image = rng.integers(0, 60, (size, size, 3)).astype(np.uint8)
+    image[2:10, 2:10, label] += 150
+    seg = np.zeros((size, size), np.uint8)
+    seg[2:10, 2:10] = label + 1
+    return {"key": f"{i:05d}", "image": image, "cls": label, "seg": seg, "txt": f"a {EVIL} thing {i}"} | changes
+
+
+def write(root, counts, change=lambda s: s, drop=()):
+    splits, at = {}, 0
+    for split, count in counts.items():
+        rows = [{k: v for k, v in change(sample(at + i)).items() if k not in drop} for i in range(count)]
+        splits[split] = [write_shard(root / f"{split}-000000.tar", rows)]
+        at += count
+    write_index(root, splits, classes=CLASSES, seg_classes=("background", *CLASSES))
+    return root
+
+
+class Tiny(nn.Module):
+    def __init__(self, seed=0, summary=True, dim=8):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.input, self.has_summary, self.calls = InputSpec(size=(16, 16), stride=4), summary, 0
+        self.net = nn.Conv2d(3, dim, 4, 4).requires_grad_(False)
+
+    def forward(self, images):
+        self.calls += len(images)
+        spatial = self.net(images).relu()
+        return Features(spatial.mean((2, 3)) if self.has_summary else None, spatial)
+
+
+class Student(Tiny):
+    def __init__(self, teacher):
+        super().__init__(7)
+        self.adaptors = {"clip": lambda images: teacher(images)}
+
+
+class Tower:
+    def encode_text(self, texts):
+        rows = [torch.randn(8, generator=torch.Generator().manual_seed(len(t))) for t in texts]
+        return nn.functional.normalize(torch.stack(rows), dim=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("shards"), {"train": 60, "val": 30, "test": 30})
+
+
+@pytest.fixture(scope="module")
+def models():
+    clip = Tiny(1)
+    return {"student": Student(clip), "clip": clip, "sam": Tiny(2, summary=False), "random": Tiny(3)}
+
+
+def run(models, data, out, **options):
+    options = {
+        "student": "student",
+        "teachers": ["clip", "sam"],
+        "random": "random",
+        "text": {"clip": Tower()},
+    } | options
+    return run_probes(models, data, out=out, **options)
+
+
+@pytest.fixture(scope="module")
+def report(models, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "probes"
+    run(models, data, out)
+    (out.parent / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.0\n0,1,\n0,2,1.0\n")
+    return out
+
+
+def test_schema(report):
+    found = json.loads((report / "report.json").read_text())
+    assert found["schema_version"] == 1
+    for name in ("student", "clip", "sam", "random"):
+        for probe in ("knn", "linear", "segmentation"):
+            assert all(isinstance(v, float) and 0 <= v <= 1 for v in found["models"][name][probe].values())
+            low, high = found["ci"][name][probe][found["protocol"][probe]["metric"]]
+            assert low <= found["models"][name][probe][found["protocol"][probe]["metric"]] + 1e-9 and low <= high
+        assert {"role", "fingerprint", "input", "parameters"} <= set(found["provenance"]["models"][name])
+    for probe, kept in found["retention"].items():
+        best = max(found["models"][t][probe][kept["metric"]] for t in ("clip", "sam") if probe in found["models"][t])
+        assert kept["best_teacher"] == best and kept["value"] == pytest.approx(kept["student"] / best)
+    assert set(found["retention"]) == {"knn", "linear", "segmentation", "zeroshot"}
+    assert found["retention"]["zeroshot"]["value"] == 1.0  # the fake adaptor is the teacher itself
+    assert found["retention"]["zeroshot"]["ci"] == [1.0, 1.0]  # and resamples are paired
+    assert {(s["probe"], s["model"]) for s in found["skipped"]} == {("zeroshot", "sam"), ("zeroshot", "random")}
+    assert [found["data"]["splits"][r]["count"] for r in ("train", "val", "test")] == [60, 30, 30]
+    assert found["data"]["hash"] and found["provenance"]["versions"]["torch"] and found["seconds"]["total"] > 0
+
+
+def test_pages_need_no_model_no_network_and_escape(report):
+    html = write_report(report.parent).read_text()  # the run directory will do
+    text = (report / "report.md").read_text()
+    for section in ("retention", "scores", "training", "maps", "examples", "masks", "skipped", "protocol"):
+        assert f'id="{section}"' in html
+    assert "<script" not in html and "&lt;script&gt;" in html
+    assert not re.search(r'(src|href)="(?!data:)', html) and "url(" not in html
+    assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", html))
+    assert "prefers-color-scheme:dark" in html and "@media print" in html and 'lang="en"' in html
+    assert "<script" not in text and "## Retention" in text and "**100.0**" in text
+    assert write_report(report).read_text() == html
+
+
+def test_comparison(report, tmp_path):
+    html = write_comparison([report, report.parent], tmp_path / "c").read_text()
+    assert str(report) in html and "different data" not in html
+    assert "kNN" in (tmp_path / "c" / "comparison.md").read_text()
+
+
+def test_cache_is_used_and_pruned(models, data, tmp_path):
+    first = run(models, data, tmp_path, probes=["knn", "segmentation", "zeroshot"])
+    seen = {n: m.calls for n, m in models.items()}
+    second = run(models, data, tmp_path, probes=["knn", "segmentation", "zeroshot"])
+    assert all(m.calls - seen[n] < 20 for n, m in models.items())  # fingerprint and pictures only
+    assert first["models"] == second["models"] and first["ci"] == second["ci"]
+    (tmp_path / "cache" / "old").mkdir()
+    run({"student": models["student"]}, data, tmp_path, teachers=[], random=None, text={}, probes=["knn"])
+    left = {p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()}
+    assert left == {"student", "targets"}
+
+
+def test_cache_knows_weights_behaviour_and_damage(data, tmp_path):
+    source = Source.open(data, fields=("cls",))
+    model = Tiny(0)
+    _, before, places = extract({"m": Wanted(model)}, source, "val", tmp_path)
+    assert before["m"].spatial is None and before["m"].summary.shape == (30, 8)
+    _, after, _ = extract({"m": Wanted(model, spatial=True)}, source, "val", tmp_path)  # maps are wanted now
+    assert after["m"].spatial.dtype == np.float16 and after["m"].spatial.shape == (30, 8, 4, 4)
+    np.testing.assert_array_equal(before["m"].summary, after["m"].summary)
+    for place in places:
+        (place / "meta.json").write_text("{")  # damaged: made anew
+    (tmp_path / ".partial-1-m").mkdir()
+    _, again, _ = extract({"m": Wanted(model, spatial=True)}, source, "val", tmp_path)
+    np.testing.assert_array_equal(again["m"].summary, before["m"].summary)
+    assert not list(tmp_path.glob(".partial-*"))
+    other = Tiny(0)
+    assert weights_hash(other) == weights_hash(model)
+    assert behaviour_hash(other, (16, 16)) == behaviour_hash(model, (16, 16))
+    other.has_summary = False
+    assert weights_hash(other) == weights_hash(model)
+    assert behaviour_hash(other, (16, 16)) != behaviour_hash(model, (16, 16))
+    with torch.no_grad():
+        other.net.bias += 1
+    assert weights_hash(other) != weights_hash(model)
+
+
+def test_features_are_the_models_own(data, tmp_path):
+    model = Tiny(4)
+    targets, found, _ = extract(
+        {"m": Wanted(model, spatial=True)}, Source.open(data, fields=("cls", "seg")), "test", tmp_path, batch=7
+    )
+    i = int(targets.keys[11])
+    images = torch.from_numpy(sample(i)["image"]).permute(2, 0, 1)[None].float() / 255
+    expected = model(images)
+    torch.testing.assert_close(torch.from_numpy(found["m"].summary[11:12]), expected.summary, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(np.array(found["m"].spatial[11:12])), expected.spatial.half())
+    assert targets.labels[11] == i % 3 and (targets.masks[11] == sample(i)["seg"]).all()
+
+
+def test_limits_and_missing_splits(models, data, tmp_path):
+    found = run(models, data, tmp_path / "a", limits={"train": 25, "test": 10}, probes=["knn"], show=2)
+    assert [s["count"] for s in found["data"]["splits"].values()] == [25, 30, 10]
+    two = write(tmp_path / "two", {"train": 50, "val": 20})
+    splits = run(models, two, tmp_path / "b", probes=["knn"])["data"]["splits"]
+    assert splits["test"] == {"split": "val", "rows": "all", "count": 20, "unreadable": 0}
+    assert (splits["train"]["count"], splits["val"]["count"]) == (40, 10)
+
+
+def test_fields_that_lack_are_listed(models, tmp_path):
+    root = write(tmp_path / "d", {"train": 20, "val": 10, "test": 10}, drop=("seg",))
+    found = run(models, root, tmp_path / "o")
+    assert {s["reason"] for s in found["skipped"] if s["probe"] == "segmentation"} == {
+        "the train split has no .seg.png"
+    }
+    bare = write(tmp_path / "e", {"train": 20, "val": 10, "test": 10}, drop=("seg", "cls"))
+    with pytest.raises(UserError, match="no probe could run.*no .cls"):
+        run(models, bare, tmp_path / "p")
+
+
+def test_bad_input_is_one_line(models, data, tmp_path):
+    for options, words in (
+        ({"probes": ["kn"]}, "did you mean knn"),
+        ({"student": "studnt"}, "did you mean student"),
+        ({"teachers": ["clap"]}, "did you mean clip"),
+        ({"limits": {"tests": 3}}, "did you mean test"),
+        ({"limits": {"test": 0}}, "1 or more"),
+    ):
+        with pytest.raises(UserError, match=words) as err:
+            run(models, data, tmp_path, **options)
+        assert "\n" not in str(err.value)
+    with pytest.raises(UserError, match="no report.json"):
+        write_report(tmp_path)
+    (tmp_path / "report.json").write_text('{"schema_version": 99}')
+    with pytest.raises(UserError, match="99"):
+        read_report(tmp_path)
+    nan = Tiny(0)
+    with torch.no_grad():
+        nan.net.bias[0] = float("nan")
+        nan.net.weight[0] = float("nan")
+    with pytest.raises(UserError, match="model x: .*not finite for sample"):
+        extract({"x": Wanted(nan)}, Source.open(data), "val", tmp_path / "c")
+
+
+def test_sizes_that_differ(tmp_path, models):
+    def grow(s):
+        return sample(int(s["key"]), size=16 + 8 * (int(s["key"]) % 2))
+
+    root = write(tmp_path / "d", {"train": 20, "val": 10, "test": 10}, grow)
+    with pytest.raises(UserError, match=r"sample 00001 is \(24, 24\).*size: 224"):
+        run(models, root, tmp_path / "o")
+    assert run(models, root, tmp_path / "o", size=16)["data"]["size"] == 16
+
+
+def test_fit_keeps_image_and_mask_together():
+    seg = np.zeros((20, 40), np.uint8)
+    seg[:, 14:26] = 1
+    image = torch.from_numpy(np.stack([seg * 200] * 3))
+    out = fit({"image": image, "seg": torch.from_numpy(seg)}, 10)
+    assert out["image"].shape == (3, 10, 10) and out["seg"].shape == (10, 10)
+    assert ((out["image"][0] > 100) == (out["seg"] == 1)).all()
+
+
+def test_colours_follow_the_reference():
+    base = Tiny(0)
+
+    class Turned(Tiny):  # the same features in another order and sign
+        def forward(self, images):
+            spatial = base(images).spatial
+            return Features(None, -spatial.flip(1))
+
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    maps = pca_maps({"a": base, "b": Turned()}, {"b": Turned()}, images, "a")
+    assert set(maps) == {"a", "b", "a > b"} and maps["a"].shape == (3, 4, 4, 3)
+    assert np.abs(maps["a"].astype(int) - maps["b"]).max() <= 2
+    assert (maps["a > b"] == maps["b"]).all()
+
+
+def test_losses_of_a_csv(tmp_path):
+    (tmp_path / "m.csv").write_text("step,a/loss_step,a/loss_epoch,lr,b_loss\n0,1,,5,\n5,2,,5,nan\n9,,7,,4\n")
+    assert read_losses(tmp_path / "m.csv") == {"b_loss": [(9.0, 4.0)], "a/loss_step": [(0.0, 1.0), (5.0, 2.0)]}
+    assert thin([(float(i), 1.0) for i in range(1000)], 100)[0] == (4.5, 1.0)
