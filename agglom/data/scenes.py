@@ -89,7 +89,7 @@ def render(garments: Garments, seed: int, index: int, size: int = 64) -> dict[st
         "key": f"{index:09d}",
         "image": canvas.clip(0, 255).astype(np.uint8),
         "seg": seg,
-        "boxes": [{"bbox": box, "label": p.label, "iscrowd": 0} for box, p in zip(boxes, placed)],
+        "boxes": [{"bbox": box, "label": p.label, "iscrowd": 0} for box, p in zip(boxes, placed, strict=True)],
         "cls": dominant,
         "txt": _caption(rng, placed, boxes, np.bincount(owner[owner >= 0], minlength=len(placed)), dominant),
     }
@@ -161,7 +161,7 @@ def _find_spot(
         y, x = (int(v) for v in rng.integers(room + 1))
         covered = owner[y : y + mask.shape[0], x : x + mask.shape[1]][mask]
         left = shown - np.bincount(covered[covered >= 0], minlength=len(placed))
-        if all(n >= _MIN_VISIBLE * p.area for n, p in zip(left, placed)):
+        if all(n >= _MIN_VISIBLE * p.area for n, p in zip(left, placed, strict=True)):
             return y, x
     return None
 
@@ -239,7 +239,13 @@ def write_scenes(
     """
     counts = {"train": train, "val": val, "test": test}
     limits = {**dict.fromkeys(counts, 0), "size": 48, "seed": 0, "shard_size": 1, "workers": 1}
-    given = {**counts, "size": size, "seed": seed, "shard_size": shard_size, "workers": workers or _cores()}
+    given = {
+        **counts,
+        "size": size,
+        "seed": seed,
+        "shard_size": shard_size,
+        "workers": _cores() if workers is None else workers,
+    }
     for key, least in limits.items():
         if given[key] < least:
             raise UserError(f"{key}: {given[key]}; valid: {least} or more")
@@ -265,7 +271,11 @@ def write_scenes(
             infos = list(pool.map(write, jobs))
     return write_index(
         out,
-        {name: [info for job, info in zip(jobs, infos) if job[0] == name] for name in SPLITS if counts[name]},
+        {
+            name: [info for job, info in zip(jobs, infos, strict=True) if job[0] == name]
+            for name in SPLITS
+            if counts[name]
+        },
         classes=CLASSES,
         seg_classes=("background", *CLASSES),
         language="en",
