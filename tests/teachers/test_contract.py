@@ -42,6 +42,12 @@ class Pair(nn.Module):
         return self.head(spatial.mean((2, 3))), spatial
 
 
+def tiny(**options: Any) -> Teacher:
+    from agglom.teachers import TinyTeacher
+
+    return TinyTeacher(pretrained=False, **options)
+
+
 CASES: dict[str, Callable[..., Teacher]] = {
     "vit": partial(random_timm, name="vit_tiny_patch16_224", kwargs=VIT, input_size=32),
     "vit_any": partial(random_timm, name="vit_tiny_patch16_224", kwargs=VIT, input_size="any"),
@@ -55,6 +61,9 @@ CASES: dict[str, Callable[..., Teacher]] = {
     "open_clip_siglip": partial(random_clip, name="agglom-siglip", input_size=64),
     "open_clip_resnet": partial(random_clip, name="agglom-rn"),
     "torch": lambda **kw: TorchTeacher(module=Pair(), input_size=32, **kw),
+    "tiny_clip": lambda **kw: tiny(name="clip", **kw),
+    "tiny_dino": lambda **kw: tiny(name="dino", **kw),
+    "tiny_sam": lambda **kw: tiny(name="sam", **kw),
     "torchscript": lambda **kw: TorchTeacher(module=torch.jit.script(Pair()), input_size=32, **kw),
 }
 
