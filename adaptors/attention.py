@@ -72,7 +72,9 @@ class AttentionAdaptor(Adaptor):
         attention: Literal["fused", "plain"] = "fused",
     ) -> None:
         super().__init__(student, teacher, token, tap_names)
-        width = student.spatial if student.spatial is not None else student.summary
+        width = student.spatial or student.summary
+        if width is None:
+            raise UserError("the student gives neither summary nor spatial; valid: at least one")
         if attention not in ("fused", "plain"):
             raise UserError(f"attention: {attention!r}; {nearest(attention, ('fused', 'plain'))}")
         if heads is None:
@@ -81,7 +83,9 @@ class AttentionAdaptor(Adaptor):
             valid = [h for h in range(1, width + 1) if width % h == 0]
             raise UserError(f"heads: {heads} does not divide the student's width {width}; valid: {valid}")
         self.tokens = 0 if student.summary is None else 1
-        self.enter = nn.Linear(student.summary, width) if student.summary not in (None, width) else nn.Identity()
+        self.enter = (
+            nn.Linear(student.summary, width) if student.summary and student.summary != width else nn.Identity()
+        )
         self.block = Block(width, heads=heads, ratio=ratio, scale=layer_scale, attention=attention)
         self.summary = None if teacher.summary is None else nn.Linear(width, teacher.summary)
         self.spatial = None if teacher.spatial is None else nn.Linear(width, teacher.spatial)

@@ -65,7 +65,8 @@ class ConvAdaptor(Adaptor):
         super().__init__(student, teacher, token, tap_names)
         if upsample < 1 or upsample & (upsample - 1):
             raise UserError(f"upsample: {upsample}; valid: 1, 2, 4, 8, ...")
-        self.summary = self.spatial = None
+        self.summary: nn.Linear | None = None
+        self.spatial: Translator | None = None
         if teacher.summary is not None and student.summary is not None:
             self.summary = nn.Linear(student.summary, teacher.summary)
             nn.init.zeros_(self.summary.bias)
@@ -84,4 +85,4 @@ class ConvAdaptor(Adaptor):
         return Features(summary, spatial)
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
-        return {"summary": self.summary, "spatial": self.spatial and self.spatial.last}
+        return {"summary": self.summary, "spatial": None if self.spatial is None else self.spatial.last}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Sequence
+from typing import Sequence, cast
 
 from torch import Tensor, nn
 
@@ -30,9 +30,11 @@ class LadderHead(nn.Module):
 
     def forward(self, rungs: Sequence[Tensor], start: int = 0) -> Tensor:
         """Rungs `start`, `start` + 1, ... (..., d_r) on one grid -> their sum (..., D); rung 0 brings the bias."""
-        layers = self.first[start : start + len(rungs)]
-        left = self.starts[start]
-        columns = self.last.weight[:, left : left + sum(layer.out_features for layer in layers)]
+        layers = cast("list[nn.Linear]", list(self.first)[start : start + len(rungs)])
+        columns = self.last.weight
+        if len(layers) < len(self.first):  # the whole is not sliced: a slice's gradient is one more matrix
+            left = self.starts[start]
+            columns = columns[:, left : left + sum(layer.out_features for layer in layers)]
         out = sum_of_rungs(
             [x.flatten(0, -2) for x in rungs],
             [layer.weight for layer in layers],
@@ -112,21 +114,24 @@ class LadderAdaptor(Adaptor):
         if self.summary is not None:
             summary = self.summary([tokens[:, self.token] for tokens, _ in blocks])
         if self.spatial is not None:
-            spatial = self._spatial([x for _, x in blocks], tuple(student.spatial.shape[-2:]))
+            spatial = self._spatial(self.spatial, [x for _, x in blocks], student.spatial.shape[-2:])
         return Features(summary, spatial)
 
-    def _spatial(self, maps: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
+    @staticmethod
+    def _spatial(head: LadderHead, maps: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
         """Rungs of one grid are summed in one go (a ViT's all); the sums are aligned to `grid` and added."""
-        total, start = None, 0
-        for here, group in groupby(maps, key=lambda x: tuple(x.shape[-2:])):
+        sums, start = [], 0
+        for here, group in groupby(maps, key=lambda x: x.shape[-2:]):
             rungs = [to_tokens(x) for x in group]
-            part = align(to_map(self.spatial(rungs, start), here), grid)
-            total = part if total is None else total + part
+            sums.append(align(to_map(head(rungs, start), here), (grid[0], grid[1])))
             start += len(rungs)
-        return total
+        return sum(sums[1:], sums[0])
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
-        return {kind: head and head.last for kind, head in (("summary", self.summary), ("spatial", self.spatial))}
+        return {
+            "summary": None if self.summary is None else self.summary.last,
+            "spatial": None if self.spatial is None else self.spatial.last,
+        }
 
 
 def _indices(rungs: Sequence[int] | None, depth: int) -> list[int]:

@@ -28,7 +28,8 @@ class OrthogonalLinear(nn.Module):
 
     def __init__(self, width: int, out: int, *, orthogonal_map: str) -> None:
         super().__init__()
-        self.linear = orthogonal(nn.Linear(width, out, bias=False), orthogonal_map=orthogonal_map)
+        self.linear = nn.Linear(width, out, bias=False)
+        orthogonal(self.linear, orthogonal_map=orthogonal_map)
 
     @property
     def weight(self) -> Tensor:
@@ -117,7 +118,10 @@ class OrthogonalAdaptor(Adaptor):
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
         """As plain Linears; ends the constraint (a projection into the teacher's units is not orthogonal)."""
-        return {kind: head and head.settle() for kind, head in (("summary", self.summary), ("spatial", self.spatial))}
+        return {
+            "summary": None if self.summary is None else self.summary.settle(),
+            "spatial": None if self.spatial is None else self.spatial.settle(),
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Everything: decay would act on the unconstrained matrix, turning the projection without shrinking it."""

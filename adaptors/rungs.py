@@ -74,8 +74,9 @@ class _SumOfRungs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        count, last, *tensors = ctx.count, *ctx.saved_tensors
-        kept, tensors = tensors[: len(tensors) - 3 * count], tensors[len(tensors) - 3 * count :]
+        count: int = ctx.count
+        last, *saved = ctx.saved_tensors
+        kept, tensors = saved[: -3 * count], saved[-3 * count :]
         rungs, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         needs = ctx.needs_input_grad
         rung_needs, weight_needs = needs[5 : 5 + count], needs[5 + count : 5 + 2 * count]
@@ -100,13 +101,12 @@ class _SumOfRungs(torch.autograd.Function):
             for r, units, place in parts:
                 here = work[:, place]
                 grad_biases[r][units] = sums[place]
-                if grad_weights[r] is not None:
-                    torch.mm(here.T, rungs[r], out=grad_weights[r][units])
-                if rung_needs[r]:
-                    if grad_rungs[r] is None:
-                        grad_rungs[r] = here @ weights[r][units]
-                    else:
-                        grad_rungs[r].addmm_(here, weights[r][units])
+                if (grad_weight := grad_weights[r]) is not None:
+                    torch.mm(here.T, rungs[r], out=grad_weight[units])
+                if (grad_rung := grad_rungs[r]) is not None:
+                    grad_rung.addmm_(here, weights[r][units])
+                elif rung_needs[r]:
+                    grad_rungs[r] = here @ weights[r][units]
         return None, None, None, grad_last, grad_last_bias, *grad_rungs, *grad_weights, *grad_biases
 
 
