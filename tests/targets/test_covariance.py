@@ -97,8 +97,8 @@ class TestAll:
     def test_round_trip(self, maker, options, c):
         x = features(c)
         norm = fitted(maker, x, **options)
-        for x in (x, x.float().view(20, 10, 10, c)):
-            assert (norm.denormalize(norm.normalize(x)) - x).norm() / x.norm() < 1e-5
+        for y in (x, x.float().view(20, 10, 10, c)):
+            assert (norm.denormalize(norm.normalize(y)) - y).norm() / y.norm() < 1e-5
 
     @pytest.mark.parametrize("c", WIDTHS)
     def test_fold_is_denormalize(self, maker, options, c):

@@ -11,7 +11,7 @@ WIDTHS = range(192, 4097)
 
 
 def is_hadamard(h: torch.Tensor) -> bool:
-    """H (Hᵀ v) = n v for random integers v, in exact arithmetic: false with a chance of 2^-40 if H isn't (Freivalds)."""
+    """H (Hᵀ v) = n v for random integers v, in exact arithmetic: wrong with a chance of 2^-40 (Freivalds)."""
     v = torch.randint(-(2**20), 2**20, (len(h), 2), generator=torch.Generator().manual_seed(0)).double()
     wide = h.double()
     return bool((h.abs() == 1).all()) and torch.equal(wide @ (wide.T @ v), len(h) * v)
