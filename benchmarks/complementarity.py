@@ -182,16 +182,16 @@ def main() -> None:
                         models["student before training"] = random_like(student, seed)
                     keep(key, evaluate(models, options, Path(scratch) / "probes"))
         if "teachers" not in kept:
-            teachers = {f"teacher {name}": TinyTeacher(name) for name in TEACHERS}
-            keep("teachers", evaluate(teachers, options, Path(scratch) / "teachers"))
+            rows = evaluate({name: TinyTeacher(name) for name in TEACHERS}, options, Path(scratch) / "teachers")
+            keep("teachers", {f"teacher {name}": row for name, row in rows.items()})
     results: dict[str, list[dict[str, float]]] = {}
     for rows in [kept["teachers"], *(kept[k] for k in kept if f"{options.steps} steps" in k)]:
         for name, row in rows.items():
             results.setdefault(name, []).append(row)
     text = (
         f"{options.steps} steps of {options.batch_size} scenes, {len(options.seeds)} seeds, probes fitted on "
-        f"{options.train} and tested on {options.test} scenes, {platform.machine()}, torch {torch.__version__}; percent, "
-        f"mean ± standard deviation over seeds\n\n{table(results)}\n"
+        f"{options.train} and tested on {options.test} scenes, {platform.machine()}, torch {torch.__version__}; "
+        f"percent, mean ± standard deviation over seeds\n\n{table(results)}\n"
     )
     (options.out / "table.md").write_text(text)
     print(text)
