@@ -29,7 +29,7 @@ td.text{white-space:normal;overflow-wrap:anywhere;min-width:9rem}thead th{font-s
 .ci{color:var(--dim);font-size:.8rem;display:block}td .big{font-weight:650;font-size:1.1rem}
 .r1{background:var(--r1)}.r2{background:var(--r2)}.r3{background:var(--r3)}.r4{background:var(--r4)}
 .r5{background:var(--r5)}.r1 .ci,.r2 .ci,.r3 .ci,.r4 .ci,.r5 .ci{color:inherit}
-.key{display:inline-block;padding:0 .45rem;margin-right:.25rem;border-radius:.2rem;font-size:.85rem}
+.key{color:var(--fg);display:inline-block;padding:0 .45rem;margin-right:.25rem;border-radius:.2rem;font-size:.85rem}
 .swatch{display:inline-block;width:.8rem;height:.8rem;border-radius:.15rem;margin:0 .3rem 0 .7rem;
 vertical-align:-.05rem;border:1px solid var(--line)}
 .strip{display:grid;grid-template-columns:9.5rem 1fr;gap:.6rem;align-items:center;margin:.35rem 0}

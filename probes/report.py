@@ -169,12 +169,12 @@ def _retention(report: Mapping[str, Any]) -> str:
             f'<td class="{_grade(r["value"])}"><span class="big">{_pc(r["value"])}</span>'
             f'<span class="ci">{escape(_ci(r["ci"]))}</span></td>'
         )
-        rows.append([_title(probe), text(_metric(r["metric"])), cell(_pc(r["student"])), best, share, *shares])
+        rows.append([_title(probe), share, cell(_pc(r["student"])), best, *shares, text(_metric(r["metric"]))])
     key = "".join(
         f'<span class="key {_grade(v)}">{label}</span>'
         for v, label in ((1.0, "100 % or more"), (0.96, "95"), (0.92, "90"), (0.85, "80"), (0.1, "less"))
     )
-    head = ["Probe", "Metric", "Student", "Best teacher", "Retention", *(f"of {t}" for t in teachers)]
+    head = ["Probe", "Retention", "Student", "Best teacher", *(f"of {t}" for t in teachers), "Metric"]
     return (
         "<section><h2 id=\"retention\">Retention</h2><p>The student's metric divided by the best teacher's, and by "
         "each teacher's, in percent. Small print: 95 % bootstrap interval over test images, paired.</p>"
