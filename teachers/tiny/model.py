@@ -124,7 +124,7 @@ def tokenize(texts: Sequence[str]) -> Tensor:
         UserError: a word that the text tower never saw, or too long a text.
     """
     rows = torch.zeros(len(texts), CONTEXT, dtype=torch.long)
-    for row, text in zip(rows, texts):
+    for row, text in zip(rows, texts, strict=True):
         words = [word for word in re.findall(r"[a-z][a-z-]*", text.lower()) if word not in ("a", "an", "the")]
         unknown = [word for word in words if word not in _NUMBER]
         if unknown:

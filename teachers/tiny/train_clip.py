@@ -38,14 +38,14 @@ class Regions(NamedTuple):
 def regions(scenes: Scenes) -> Regions:
     rows: list[tuple[int, list[int], str]] = []
     of: list[list[int]] = []
-    for number, (text, boxes) in enumerate(zip(scenes.texts, scenes.boxes)):
+    for number, (text, boxes) in enumerate(zip(scenes.texts, scenes.boxes, strict=True)):
         colours: dict[str, list[str]] = {}
         for colour, name in _PHRASE.findall(text):
             colours.setdefault(name, []).append(colour)
         own = [box for box in boxes if len(colours[CLASSES[box[4]]]) == 1]
         of.append([*range(len(rows), len(rows) + len(own))])
         rows += [(number, [*box[:4]], f"{colours[CLASSES[box[4]]][0]} {CLASSES[box[4]]}") for box in own]
-    scene, box, texts = zip(*rows)
+    scene, box, texts = zip(*rows, strict=True)
     return Regions(torch.tensor(scene), torch.tensor(box).float(), [*texts], of)
 
 
@@ -92,7 +92,7 @@ def scene_loss(model: TinyClip, scenes: Scenes, found: Regions) -> dict[str, Ten
         if found.of[row]
         for r in torch.rand(REGIONS).tolist()
     ]
-    where, chosen = (torch.tensor(column) for column in zip(*dict.fromkeys(pairs)))
+    where, chosen = (torch.tensor(column) for column in zip(*dict.fromkeys(pairs), strict=True))
     pooled = (cover(found.box[chosen])[:, None] @ tokens[where])[:, 0]
     names = shorten([found.texts[i] for i in chosen], first=False, plain=bool(plain))
     return {**losses, "region": contrast(model, model.projection(pooled), names)}
