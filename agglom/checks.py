@@ -6,14 +6,25 @@ Nothing heavy is built: student and teachers only take shape on the meta device,
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterator
 
 import yaml
 
-from agglom.errors import UserError, nearest
+from agglom.errors import UserError, brief, nearest
 from agglom.schema import find_class, problems, signature_problems
+
+
+class Invalid(UserError):
+    """A configuration with problems: the message has a line for each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+
 
 _EXTRA = {"seed_everything": bool | int, "ckpt_path": str | None, "overwrite": bool, "checkpoint_every": int}
 
@@ -61,40 +72,45 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         UserError: missing, not YAML, not a mapping, or an interpolation that can't be resolved.
     """
     path = locate(path)
-    repeated: list[str] = []
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in sorted({key for key in keys if keys.count(key) > 1}):
-            line = [k for k, _ in node.value if k.value == key][1].start_mark.line + 1
-            repeated.append(f"{key}: given twice (line {line}); YAML would keep only the last; rename or remove one")
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        raw = yaml.load(path.read_text(), Loader)  # noqa: S506  a SafeLoader that also looks for repeated keys
-        if not isinstance(raw, dict):
-            raise UserError("the file holds no mapping; valid: model, data, trainer, seed_everything")
-        from omegaconf import OmegaConf
+        text = path.read_text(encoding="utf-8")
+        tree, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise UserError(f"not YAML: {brief(err)}; mend the file") from err
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"holds {'nothing' if raw is None else type(raw).__name__}; valid: a mapping with model, data and trainer"
+        )
+    from omegaconf import OmegaConf
 
-        return OmegaConf.to_container(OmegaConf.create(_numbers(raw)), resolve=True), repeated  # type: ignore[return-value]
-    except yaml.YAMLError as err:
-        raise UserError("not YAML: " + " ".join(str(err).split())) from err
-    except UserError:
-        raise
-    except Exception as err:
-        raise UserError("interpolation: " + " ".join(str(err).split())) from err
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(numbers(raw)), resolve=True)
+    except Exception as err:  # noqa: BLE001  whatever OmegaConf raises is about the file
+        raise UserError(f"interpolation: {brief(err)}; valid: ${{KEY}} of a key in this file") from err
+    return resolved, list(_repeated(tree))  # type: ignore[return-value]
 
 
-def _numbers(value: Any) -> Any:
+def _repeated(node: yaml.Node | None, path: str = "") -> Iterator[str]:
+    """A line for each key that a mapping gives twice: YAML would silently keep only the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                yield f"{path}{key.value}: given twice, again in line {line}; valid: once; rename or remove one"
+            seen.add(key.value)
+            yield from _repeated(value, f"{path}{key.value}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for position, item in enumerate(node.value):
+            yield from _repeated(item, f"{path}{position}.")
+
+
+def numbers(value: Any) -> Any:
     """`1e-3` is a string to YAML 1.1 and a number to everybody else."""
     if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
+        return {k: numbers(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_numbers(v) for v in value]
+        return [numbers(v) for v in value]
     if isinstance(value, str):
         try:
             return float(value) if "e" in value.lower() and value[:1] in "+-.0123456789" else value
@@ -116,16 +132,18 @@ def _structure(config: dict[str, Any]) -> Iterator[str]:
         elif key in _EXTRA:
             yield from problems(key, value, _EXTRA[key])
         else:
-            yield f"{key}: unknown key; {nearest(key, [*sections, *_EXTRA])}"
+            yield f"{key}: unknown key; {nearest(str(key), [*sections, *_EXTRA])}; rename or remove it"
     for key in ("model", "data"):
         if key not in config:
-            yield f"{key}: missing; add the section"
+            yield f"{key}: missing; valid: a mapping; add the section"
 
 
 def _meaning(config: dict[str, Any]) -> Iterator[str]:
     model, data, trainer = (_section(config, key) for key in ("model", "data", "trainer"))
     yield from _steps(model, trainer)
-    yield from _numbers_in_range(model, data)
+    yield from _ranges(model, data)
+    yield from _output(trainer)
+    yield from _memory(model, data)
     yield from _shards(data, trainer)
     yield from _models(model, data)
 
@@ -147,7 +165,7 @@ def _steps(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
         yield f"model.warmup_steps: {warmup} >= trainer.max_steps {steps}; valid: less than max_steps; lower it"
 
 
-def _numbers_in_range(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+def _ranges(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     rules = [
         ("model.lr", model.get("lr"), lambda v: v > 0, "> 0"),
         ("model.weight_decay", model.get("weight_decay"), lambda v: v >= 0, ">= 0"),
@@ -159,27 +177,60 @@ def _numbers_in_range(model: dict[str, Any], data: dict[str, Any]) -> Iterator[s
     ]
     for key, value, fits, valid in rules:
         if isinstance(value, (int, float)) and not fits(value):
-            yield f"{key}: {value}; valid: {valid}"
+            yield f"{key}: {value}; valid: {valid}; change it"
     if isinstance(model.get("optimizer"), str):
         from timm.optim import list_optimizers
 
         if model["optimizer"] not in list_optimizers():
-            yield f"model.optimizer: {model['optimizer']!r}; {nearest(model['optimizer'], list_optimizers())}"
+            yield f"model.optimizer: {model['optimizer']!r}; {nearest(model['optimizer'], list_optimizers())}; take one"
+
+
+def _output(trainer: dict[str, Any]) -> Iterator[str]:
+    """Whether the run directory can be made, without making it."""
+    root = trainer.get("default_root_dir")
+    if not isinstance(root, str) or "://" in root:
+        return
+    path, key = Path(root).absolute(), "trainer.default_root_dir"
+    there = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    if not there.is_dir():
+        yield f"{key}: {root}: {there} is no folder; valid: a folder, or a path where one can be made; choose another"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{key}: {root}: {there} can't be written; valid: a folder of yours; choose another"
+    elif (path / "index.json").exists():
+        yield f"{key}: {root} holds a data set; valid: a run directory or a new one; choose another"
+
+
+def _memory(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+    """Remembered teachers have seen one view of each image, so there must be only one."""
+    view = data.get("view") if isinstance(data.get("view"), dict) else {}
+    fixed = view.get("flip", 0.5) == 0 and all(list(view.get(key) or ()) == [1, 1] for key in ("scale", "ratio"))
+    if model.get("remember_teachers") is True and not fixed:
+        yield (
+            "model.remember_teachers: true, but data.view crops or flips; valid: false, or a fixed view; "
+            "set data.view: {scale: [1, 1], ratio: [1, 1], flip: 0}"
+        )
 
 
 def _shards(data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     from agglom.data import read_index, validate_layout
+    from agglom.data.samples import check_fields
 
     if not isinstance(data.get("data"), str):
         return
     try:
         index = read_index(data["data"])
-        index.shards(data.get("train_split", "train"))
-        if data.get("val_split", "val") is not None:
-            index.shards(data.get("val_split", "val"))
     except UserError as err:
         yield f"data.data: {err}"
         return
+    for key, default in (("train_split", "train"), ("val_split", "val")):
+        split = data.get(key, default)
+        try:
+            if split is not None:
+                check_fields(index, split, data.get("fields") or ("image",))
+        except UserError as err:
+            at_fault = key if split not in index.splits else "fields"
+            yield f"data.{at_fault}: {str(err).removeprefix('fields: ')}; change data.{at_fault}"
+            return
     devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
     world = (devices if isinstance(devices, int) and devices > 0 else 1) * (nodes if isinstance(nodes, int) else 1)
     workers = data.get("num_workers", 1)
@@ -202,18 +253,18 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     if student is not None and isinstance(size, int):
         fixed = student.input.size
         if fixed is not None and fixed != (size, size):
-            yield f"data.size: {size}; valid: {fixed[0]}, the student's fixed input size; change it or the student's img_size"
+            yield f"data.size: {size}; valid: {fixed[0]}, the student's fixed size; change it or the student's img_size"
         elif size % student.input.stride:
             below = size - size % student.input.stride
             yield (
                 f"data.size: {size} is not divisible by the student's stride {student.input.stride}; "
-                f"valid: multiples of it, such as {max(below, student.input.stride)}"
+                f"valid: multiples of it, such as {max(below, student.input.stride)}; change it"
             )
     configs: dict[str, Any] = {}
     entries = model.get("teachers")
     for name, entry in (entries if isinstance(entries, dict) else {}).items():
         if not isinstance(name, str) or "." in name or hasattr(nn.ModuleDict(), name):
-            yield f"model.teachers.{name}: no usable name; valid: letters, digits and _, no name of a dict method; rename it"
+            yield f"model.teachers.{name}: no usable name; valid: letters, digits, _; no dict method's name; rename it"
             continue
         if not isinstance(entry, dict):
             continue
@@ -222,8 +273,11 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
         if encoder is None:
             continue
         if encoder.input.size is None and isinstance(size, int) and size % encoder.input.stride:
-            yield f"model.teachers.{name}: data.size {size} is not divisible by its stride {encoder.input.stride}; set input_size"
-        weights = {k: entry.get(k) for k in ("summary_weight", "spatial_weight") if isinstance(entry.get(k), (int, float))}
+            stride = encoder.input.stride
+            yield f"model.teachers.{name}: data.size {size} is not divisible by its stride {stride}; set input_size"
+        weights = {
+            k: entry.get(k) for k in ("summary_weight", "spatial_weight") if isinstance(entry.get(k), (int, float))
+        }
         config = TeacherConfig(encoder=encoder, **weights)
         try:
             teacher_weights(name, config)
@@ -238,7 +292,7 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
 
 
 def _on_meta(entry: Any, base: type) -> tuple[Any, list[str]]:
-    """An object built without weights, or None with what keeps it from being built (nothing if that is known already)."""
+    """An object built without weights, or None with what keeps it from that (nothing if it is known already)."""
     import torch
 
     if isinstance(entry, str):
@@ -252,8 +306,12 @@ def _on_meta(entry: Any, base: type) -> tuple[Any, list[str]]:
     if "pretrained" in inspect.signature(cls).parameters:
         options["pretrained"] = False
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # shapes are all we want
             return cls(**options), []
     except Exception as err:  # noqa: BLE001  a check reports whatever the constructor says
         return None, [" ".join(str(err).split()) or type(err).__name__]
+    finally:
+        logging.disable(logging.NOTSET)

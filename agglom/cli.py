@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -21,9 +22,18 @@ COMMANDS = {
     "demo": "the embedded default, end to end",
 }
 
+# What a place on disk can have against being written to. Other OSErrors are ours and keep their traceback.
+_PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
 
 def usage() -> str:
-    lines = ["usage: agglom COMMAND [options]", "", "Distil several frozen vision teachers into one student.", "", "commands:"]
+    lines = [
+        "usage: agglom COMMAND [options]",
+        "",
+        "Distil several frozen vision teachers into one student.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
     lines += ["", "agglom COMMAND --help shows a command's options. agglom --version shows versions."]
     return "\n".join(lines)
@@ -43,18 +53,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(args[0], args[1:])
     except UserError as err:
-        print(f"agglom {args[0]}: {err}", file=sys.stderr)
-        sys.exit(2)
+        _complain(args[0], str(err))
     except KeyboardInterrupt:
         print(f"agglom {args[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as err:
+        if err.errno not in _PLACE:
+            raise
+        _complain(args[0], f"{err.filename or 'output'}: {err.strerror}; choose another place or mend this one")
+
+
+def _complain(command: str, message: str) -> None:
+    for line in message.splitlines():
+        print(f"agglom {command}: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _run(name: str, args: list[str]) -> None:
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name!r}; {nearest(name, COMMANDS)}")
+        raise UserError(f"unknown command; {nearest(name, COMMANDS)}; agglom --help says what they do")
     if name == "fit":
         _fit(args)
         return

@@ -51,11 +51,19 @@ def data_scenes(
     """
     from agglom.data.scenes import write_scenes
 
-    print(write_scenes(Path(out), source=source, train=train, val=val, test=test, size=size, seed=seed, workers=workers))
+    print(
+        write_scenes(Path(out), source=source, train=train, val=val, test=test, size=size, seed=seed, workers=workers)
+    )
 
 
 def data_imagefolder(
-    source: str, out: str, val: float = 0.0, test: float = 0.0, shard_size: int = 1000, overwrite: bool = False
+    source: str,
+    out: str,
+    val: float = 0.0,
+    test: float = 0.0,
+    shard_size: int = 1000,
+    licence: str = "unknown",
+    overwrite: bool = False,
 ) -> None:
     """Write the images of a folder (one subfolder a class, or flat and without classes) into shards.
 
@@ -64,15 +72,23 @@ def data_imagefolder(
         out: folder for the shards.
         val: share of the images for the val split.
         test: share of the images for the test split.
-        shard_size: images a shard.
+        shard_size: images a shard; training needs at least as many shards as loader workers x ranks.
+        licence: of the images, in words; goes into the index.
         overwrite: replace what is in `out`.
     """
     from agglom.data.imagefolder import write_imagefolder
 
-    root = write_imagefolder(
-        Path(source), Path(out), val=val, test=test, shard_size=shard_size, overwrite=overwrite
+    print(
+        write_imagefolder(
+            Path(out),
+            source=Path(source),
+            val_fraction=val,
+            test_fraction=test,
+            shard_size=shard_size,
+            licence=licence,
+            overwrite=overwrite,
+        )
     )
-    print(root)
 
 
 def probe(
@@ -136,6 +152,11 @@ def export(ckpt: str, out: str) -> None:
         ckpt: a checkpoint of a run directory, or the run directory (its newest).
         out: the folder to write.
     """
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "agglom.json").is_file():
+        raise UserError(
+            f"out: {out} holds something else than an export; valid: an export or a new folder; choose another"
+        )
     from agglom.runs import export_checkpoint
 
     print(export_checkpoint(Path(ckpt), Path(out)))
@@ -164,5 +185,3 @@ def demo(out: str = "runs/demo", data: str = "data/scenes", source: str | None =
     from agglom.demo import run_demo
 
     run_demo(Path(out), Path(data), source)
-
-

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
+import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
 from agglom.callbacks import RunCSVLogger, RunDirectory, Stopped, TrainingProgress, checkpoint_path, drop_rows_after
+from agglom.checks import Invalid, check_config, locate
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
-from agglom.errors import UserError
+from agglom.errors import UserError, brief
+from agglom.overrides import CONFIG, stated
 
 # What an unconfigured run does; every value can be set in the YAML.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -36,10 +42,22 @@ class FitCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in a run directory that is in use.")
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Start anew in a run directory that is in use."
+        )
         parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimiser steps between checkpoints.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """Without Lightning's warning that arguments were given from Python: `agglom.cli` is where they come from."""
+        try:
+            self.config = parser.parse_args(args)
+        except (ArgumentError, TypeError, ValueError) as err:  # jsonargparse stops at the first problem; we tell all
+            raise Invalid(check_config(stated(args[1:])[0]) or [brief(err, 400)]) from err
+
     def before_instantiate_classes(self) -> None:
+        problems = check_config(yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"])
+        if problems:
+            raise Invalid(problems)
         config = self.config.fit
         self.root = Path(config.trainer.default_root_dir or "runs/default")
         if config.ckpt_path == "last":
@@ -86,18 +104,65 @@ class FitCLI(LightningCLI):
 
 
 def fit(args: Sequence[str]) -> FitCLI:
-    """Run `agglom fit ARGS`; returns the CLI object with its trainer, model and data module."""
+    """Run `agglom fit ARGS`; returns the CLI object with its trainer, model and data module.
+
+    Raises:
+        UserError: a problem with the configuration or what it needs; `Invalid`, with a line for each, before anything
+            is built.
+    """
+    _quieten()
+    args = _packaged(args)
+    if not any(arg.endswith("help") or arg == "-h" or arg.startswith("--print_") for arg in args):
+        _, lines = stated(args)  # missing files, broken YAML and repeated keys, which a parser doesn't see or tell well
+        if lines:
+            raise Invalid(lines)
     return FitCLI(
         Distiller,
         ShardDataModule,
         args=["fit", *args],
         seed_everything_default=0,
         trainer_defaults=dict(TRAINER_DEFAULTS),
-        parser_kwargs={"parser_mode": "omegaconf"},
+        parser_kwargs={"parser_mode": "omegaconf", "exit_on_error": False},
         save_config_kwargs={"overwrite": True},  # before_instantiate_classes has refused what must not be overwritten
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _packaged(args: Sequence[str]) -> list[str]:
+    """`--config configs/demo.yaml` finds the packaged file anywhere, as it does for `agglom check`."""
+    out: list[str] = []
+    for arg in args:
+        option, given, path = arg.partition("=")
+        if out and out[-1] in CONFIG:
+            arg = str(locate(arg))
+        elif option in CONFIG and given:
+            arg = f"{option}={locate(path)}"
+        out.append(arg)
+    return out
+
+
+def _quieten() -> None:
+    """Silence what Lightning says at the start of every one of our runs although nothing is amiss."""
+    ignored = (
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of a torch name that will go
+        "Found .* module\\(s\\) in eval mode",  # the frozen teachers, as they should be
+        "You have overridden `on_after_batch_transfer` in both",  # is about the data module's base class
+        "The `train_dataloader` does not have many workers",  # their number is the user's, see data.num_workers
+        "The `val_dataloader` does not have many workers",
+    )
+    for message in ignored:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        if _not_a_tip not in logger.filters:
+            logger.addFilter(_not_a_tip)
+
+
+def _not_a_tip(record: logging.LogRecord) -> bool:
+    """No advertisements, and no word of hardware that is not there."""
+    text = record.getMessage()
+    return "Tip:" not in text and not text.startswith(("TPU available: False", "GPU available: False"))
 
 
 def stopped_by(err: BaseException) -> int | None:

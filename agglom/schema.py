@@ -32,24 +32,24 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
         if len(options) == 1:
             yield from problems(key, value, options[0])
         elif all(list(problems(key, value, option)) for option in options):
-            yield f"{key}: {_show(value)}; valid: {_name(kind)}"
+            yield f"{key}: {_show(value)}; valid: {_name(kind)}; change it"
     elif origin is Literal:
         if value not in arguments:
-            yield f"{key}: {_show(value)}; {nearest(str(value), map(str, arguments))}"
+            yield f"{key}: {_show(value)}; {nearest(str(value), map(str, arguments))}; take one"
     elif origin is collections.abc.Callable:
         yield from _instance(key, value, arguments[1], given=len(arguments[0]))
     elif dataclasses.is_dataclass(kind):
         yield from _arguments(key, value, kind)
     elif origin in (dict, collections.abc.Mapping):
         if not isinstance(value, Mapping):
-            yield f"{key}: {_show(value)}; valid: a mapping"
+            yield f"{key}: {_show(value)}; valid: a mapping; change it"
             return
         for name, item in value.items():
             yield from problems(f"{key}.{name}", item, arguments[1])
     elif inspect.isclass(kind) and kind.__module__.split(".")[0] == "agglom":
         yield from _instance(key, value, kind, given=0)
     elif not _parses(value, kind):
-        yield f"{key}: {_show(value)}; valid: {_name(kind)}"
+        yield f"{key}: {_show(value)}; valid: {_name(kind)}; change it"
 
 
 def signature_problems(key: str, value: Any, callable_: Any, *, given: int = 0) -> Iterator[str]:
@@ -73,23 +73,25 @@ def _instance(key: str, value: Any, base: type, *, given: int) -> Iterator[str]:
     """A class, by class_path and init_args or by its path alone."""
     entry = {"class_path": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or "class_path" not in entry:
-        yield f"{key}: {_show(value)}; valid: a mapping with class_path and init_args, of a {base.__name__}"
+        yield f"{key}: {_show(value)}; valid: a mapping with class_path and init_args, of a {base.__name__}; change it"
         return
     for name in set(entry) - {"class_path", "init_args"}:
         yield f"{key}.{name}: unknown key; valid: class_path, init_args (options belong under init_args)"
     cls = find_class(str(entry["class_path"]), base)
     if cls is None or not issubclass(cls, base):
         prefix = str(entry["class_path"]).rpartition(".")[0]
-        valid = {f"{prefix}.{c.__name__}" if prefix else c.__name__ for c in _subclasses(base) if not inspect.isabstract(c)}
+        valid = {
+            f"{prefix}.{c.__name__}" if prefix else c.__name__ for c in _subclasses(base) if not inspect.isabstract(c)
+        }
         reason = "unknown class" if cls is None else f"no {base.__name__}"
-        yield f"{key}.class_path: {entry['class_path']}: {reason}; {nearest(str(entry['class_path']), valid)}"
+        yield f"{key}.class_path: {entry['class_path']}: {reason}; {nearest(str(entry['class_path']), valid)}; take one"
         return
     yield from _arguments(f"{key}.init_args", entry.get("init_args") or {}, cls, given=given)
 
 
 def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Iterator[str]:
     if not isinstance(value, Mapping):
-        yield f"{key}: {_show(value)}; valid: a mapping of options"
+        yield f"{key}: {_show(value)}; valid: a mapping of options; change it"
         return
     target = callable_.__init__ if inspect.isclass(callable_) else callable_
     hints = typing.get_type_hints(target)
@@ -99,7 +101,7 @@ def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Itera
         if name in named:
             yield from problems(f"{key}.{name}", item, hints.get(name, Any))
         elif not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            yield f"{key}.{name}: unknown key; {nearest(str(name), named)}"
+            yield f"{key}.{name}: unknown key; {nearest(str(name), named)}; rename or remove it"
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in value:
             yield f"{key}.{name}: missing; valid: {_name(hints.get(name, Any))}; add the key"

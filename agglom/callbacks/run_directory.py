@@ -6,7 +6,7 @@ import json
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from agglom.callbacks.ema import WeightEMA
 from agglom.errors import UserError
 from agglom.export import write_export
+from agglom.students import TimmStudent
 from agglom.teachers import compare, manifest
 
 
@@ -73,7 +74,7 @@ class RunDirectory(Checkpoint):
         if self._signum is None:
             return
         path = checkpoint_path(trainer.default_root_dir)
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # False: with the optimiser
         raise Stopped(self._signum, path, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -81,7 +82,7 @@ class RunDirectory(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_signals()
-        trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir))  # on every rank
+        trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir), weights_only=False)  # on every rank
         if not trainer.is_global_zero:
             return
         average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)
@@ -104,4 +105,4 @@ def checkpoint_path(root: str | Path) -> Path:
 def export_module(module: pl.LightningModule, out: Path, teachers: dict[str, Any], size: int, step: int) -> Path:
     """Write the export of a distiller with the weights that it holds now."""
     heads = dict(module.heads.items())
-    return write_export(out, student=module.student, heads=heads, teachers=teachers, size=size, step=step)
+    return write_export(out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step)
