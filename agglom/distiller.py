@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Sequence
+from typing import Any, Sequence, cast
 
 import lightning.pytorch as pl
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from agglom.adaptors import MLPAdaptor
 from agglom.balance import Balance, Equal
 from agglom.callbacks.ema import WeightEMA
-from agglom.errors import UserError
+from agglom.errors import UserError, nearest
 from agglom.features import Features, StudentFeatures
 from agglom.heads import AdaptorFactory, Head, LossFactory, NormalizerFactory, TeacherConfig
 from agglom.objectives import Cosine, CosineSmoothL1
 from agglom.schedules import Schedule, multiplier
 from agglom.students import Student, attend_plainly
 from agglom.targets import Memory, Standardize
+from agglom.teachers import Teacher
 
 
 class Distiller(pl.LightningModule):
@@ -40,7 +41,7 @@ class Distiller(pl.LightningModule):
         optimizer: a name known to `timm.optim`, such as adamw or lamb.
         lr: peak learning rate.
         weight_decay: not applied to biases, norms, prefix tokens and position embeddings.
-        betas: of the optimiser.
+        betas: of the optimiser, where it has them.
         warmup_steps: optimiser steps of linear warm-up.
         schedule: after the warm-up.
         final_lr: learning rate at the last step as a share of the peak (cosine).
@@ -49,7 +50,7 @@ class Distiller(pl.LightningModule):
             only for training without random crops and flips.
 
     Raises:
-        UserError: a loss on something that a teacher doesn't give, or too few summary tokens.
+        UserError: a loss on something that a teacher doesn't give, too few summary tokens, an unknown optimiser.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Distiller(pl.LightningModule):
         super().__init__()
         if not teachers:
             raise UserError("model.teachers: empty; name at least one teacher")
+        if optimizer not in list_optimizers():
+            raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, list_optimizers())}; take one")
         self.names = list(teachers)
         self.encoders = nn.ModuleDict({name: config.encoder for name, config in teachers.items()})
         heads = nn.ModuleDict()
@@ -104,11 +107,11 @@ class Distiller(pl.LightningModule):
 
     @property
     def student(self) -> Student:
-        return self.trained["student"]
+        return cast(Student, self.trained["student"])
 
     @property
     def heads(self) -> nn.ModuleDict:
-        return self.trained["heads"]
+        return cast(nn.ModuleDict, self.trained["heads"])
 
     def targets(self, images: Tensor, keys: Sequence[str] = ()) -> dict[str, Features]:
         """images (B, 3, H, W) in [0, 1] -> each teacher's normalised features, without gradient.
@@ -117,7 +120,7 @@ class Distiller(pl.LightningModule):
         """
 
         def raw(name: str) -> Features:
-            encoder = self.encoders[name]
+            encoder = cast(Teacher, self.encoders[name])
             return self.memories[name].features(encoder, images, keys) if self.memories else encoder(images)
 
         return {name: self.heads[name].targets(raw(name)) for name in self.names}
@@ -170,14 +173,15 @@ class Distiller(pl.LightningModule):
                     metrics[f"train/{name}/{kind}_target_std"] = target.std()
         self.log_dict(metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(per_image[0]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         groups = self._parameter_groups()
-        optimizer = create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, betas=self.betas)
+        betas = {"betas": self.betas} if get_optimizer_info(self.optimizer).has_betas else {}
+        optimizer = create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, **betas)
         rate = partial(
             multiplier,
             schedule=self.schedule,
             warmup_steps=self.warmup_steps,
-            total_steps=self.trainer.estimated_stepping_batches,
+            total_steps=int(self.trainer.estimated_stepping_batches),
             final=self.final_lr,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -186,7 +190,8 @@ class Distiller(pl.LightningModule):
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Two groups: with and without weight decay (one-dimensional, position embeddings, prefix tokens)."""
         exempt = {f"student.{name}" for name in self.student.no_weight_decay()}
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in [*self.trained.named_parameters(), *self.balance.named_parameters()]:
             if parameter.requires_grad:
                 (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)

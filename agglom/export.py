@@ -16,6 +16,7 @@ from typing import Any, Iterator, Mapping
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import agglom
 from agglom.adaptors import Adaptor
 from agglom.card import model_card
-from agglom.errors import UserError, nearest
+from agglom.errors import UserError, brief, nearest
 from agglom.features import Dims, Features, InputSpec, StudentFeatures
 from agglom.students import TimmStudent
 
@@ -89,7 +90,8 @@ def fold_normalizers(head: nn.Module) -> Adaptor:
     normalizers = copy.deepcopy(head.normalizers).cpu()
     for kind, layer in adaptor.last_linears().items():
         if layer is not None:
-            normalizers[kind].fold_into(layer)
+            # A head that upsamples by u has u * u outputs a channel.
+            normalizers[kind].fold_into(layer, repeats=len(layer.weight) // normalizers[kind].dim)
     return adaptor.eval()
 
 
@@ -102,6 +104,9 @@ class Exported(nn.Module):
             the map at the student's grid.
         about: what agglom.json says.
     """
+
+    student: TimmStudent
+    about: dict[str, Any]
 
     def __init__(self, student: TimmStudent, adaptors: Mapping[str, Adaptor], about: dict[str, Any]) -> None:
         super().__init__()
@@ -175,7 +180,7 @@ def load(path: str | Path) -> Exported:
     if about.get("format") != FORMAT:
         raise UserError(f"{folder / 'agglom.json'}: format {about.get('format')}; valid: {FORMAT}; export it again")
     student = _student(folder, about)
-    tensors = load_file(folder / "adaptors.safetensors")
+    tensors = _read_tensors(folder / "adaptors.safetensors")
     adaptors: dict[str, Adaptor] = {}
     for name, entry in _read_json(folder / "adaptors.json").items():
         adaptor = _build_adaptor(entry)
@@ -207,9 +212,8 @@ def random_like(exported: Exported, seed: int = 0) -> Exported:
 
 
 def _student(folder: Path, about: dict[str, Any]) -> TimmStudent:
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: missing; export the run again")
+    _read_json(folder / "config.json")
+    _read_tensors(folder / "model.safetensors")  # mapped, not copied
     entry = about["student"]
     student = TimmStudent(
         name=f"local-dir:{folder}",
@@ -244,8 +248,17 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError as err:
         raise UserError(f"{path}: missing; give an export folder or a run directory with one (`agglom export`)") from err
-    except json.JSONDecodeError as err:
+    except ValueError as err:  # JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}: not JSON ({err}); export the run again") from err
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as err:
+        raise UserError(f"{path}: missing; export the run again") from err
+    except SafetensorError as err:
+        raise UserError(f"{path}: broken ({brief(err)}); export the run again") from err
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -107,7 +107,10 @@ class TextTower(Protocol):
 class Backbone(Protocol):
     """What a probe can look at: any teacher, student or export."""
 
-    input: InputSpec
+    @property
+    def input(self) -> InputSpec:
+        """The input contract."""
+        ...
 
     def __call__(self, images: Tensor) -> Features:
         """images (B, 3, H, W) in [0, 1] -> Features; resizes and normalises itself."""

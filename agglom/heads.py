@@ -94,4 +94,4 @@ class Head(nn.Module):
 
     def combine(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum over kinds: (B,)."""
-        return sum(self.weights[kind] * loss for kind, loss in losses.items())
+        return torch.stack([self.weights[kind] * loss for kind, loss in losses.items()]).sum(0)

@@ -87,7 +87,8 @@ def probe_models(
 
 
 def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:
-    return {name: model.text for name, model in models.items() if isinstance(getattr(model, "text", None), TextTower)}
+    towers = {name: getattr(model, "text", None) for name, model in models.items()}
+    return {name: tower for name, tower in towers.items() if isinstance(tower, TextTower)}
 
 
 def _templates(data: str) -> Sequence[str]:

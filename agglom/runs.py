@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -115,5 +115,5 @@ def export_checkpoint(ckpt: Path, out: Path) -> Path:
     if average is not None:
         module.trained.load_state_dict(average)
     return export_module(
-        module, out, manifest(dict(module.encoders.items())), config["data"]["size"], state["global_step"]
+        module, out, manifest({name: cast(Teacher, encoder) for name, encoder in module.encoders.items()}), config["data"]["size"], state["global_step"]
     )

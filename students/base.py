@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Any, Sequence
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class Student(nn.Module):
     input: InputSpec
     dims: Dims
     tap_names: tuple[str, ...]
-    backbone: nn.Module
+    backbone: Any  # an nn.Module whose attributes are timm's
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> StudentFeatures:
         """images (B, 3, H, W) in [0, 1] -> StudentFeatures; normalises itself."""

@@ -71,7 +71,7 @@ class TimmStudent(Student):
         self._name_taps()
 
     def _input(self, mean: tuple[float, float, float] | None, std: tuple[float, float, float] | None) -> InputSpec:
-        """The model's own contract; a ViT with a fixed grid has a fixed size, others take any multiple of the stride."""
+        """The model's own contract; a ViT with a fixed grid has a fixed size, others any multiple of the stride."""
         cfg = timm.data.resolve_model_data_config(self.backbone)
         size = None
         if self.is_vit:
@@ -169,4 +169,4 @@ def attend_plainly(module: nn.Module) -> None:
     """
     for child in module.modules():
         if getattr(child, "fused_attn", False) is True:
-            child.fused_attn = False
+            child.fused_attn = False  # type: ignore[assignment]

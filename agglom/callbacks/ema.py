@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -30,8 +30,7 @@ class WeightEMA(pl.Callback):
         self._step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trained = pl_module.trained
-        self.average = copy.deepcopy(trained).requires_grad_(False)
+        self.average = copy.deepcopy(_trained(pl_module)).requires_grad_(False)
         if self._restored is not None:
             self.average.load_state_dict(self._restored)
             self._restored = None
@@ -42,12 +41,13 @@ class WeightEMA(pl.Callback):
             return
         self._step = trainer.global_step
         decay = min(self.decay, self._step / (9 + self._step))
-        update_average(self.average, pl_module.trained, decay)
+        assert self.average is not None
+        update_average(self.average, _trained(pl_module), decay)
 
     def exchange(self, pl_module: pl.LightningModule) -> None:
         """Put the average into the module and its weights aside; a second call puts them back."""
         if self.average is not None:
-            _swap(self.average, pl_module.trained)
+            _swap(self.average, _trained(pl_module))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.exchange(pl_module)
@@ -60,6 +60,11 @@ class WeightEMA(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict.get("average")
+
+
+def _trained(module: pl.LightningModule) -> nn.Module:
+    """Everything that a distiller trains, as one module."""
+    return cast(nn.Module, module.trained)
 
 
 @torch.no_grad()

@@ -41,15 +41,22 @@ class Memory:
         new = [i for i, key in enumerate(keys) if key not in self._rows]
         if new:
             fresh = encoder(images if len(new) == len(keys) else images[new])
-            parts = [None if part is None else _half(part) for part in fresh]
+            summary, spatial = (None if part is None else _half(part) for part in fresh)
             for row, i in enumerate(new):
-                self._rows[keys[i]] = tuple(None if part is None else part[row] for part in parts)  # type: ignore[assignment]
+                self._rows[keys[i]] = _row(summary, row), _row(spatial, row)
         rows = [self._rows[key] for key in keys]
-        summary, spatial = (
-            None if rows[0][part] is None else torch.stack([row[part] for row in rows]).to(images.device).float()
-            for part in range(2)
+        return Features(
+            _batch([row[0] for row in rows], images.device), _batch([row[1] for row in rows], images.device)
         )
-        return Features(summary, spatial)
+
+
+def _row(part: Tensor | None, row: int) -> Tensor | None:
+    return None if part is None else part[row]
+
+
+def _batch(rows: list[Tensor | None], device: torch.device) -> Tensor | None:
+    there = [row for row in rows if row is not None]
+    return torch.stack(there).to(device).float() if there else None
 
 
 def _half(features: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, full: bool = False, 
             scatter = rows.T @ rows
     else:
         scatter = rows.square().sum(0)
-    mean, scatter = mean.to(wide), scatter.to(wide)
+    # what rounding left of the mean is small, so its own sum is good to many more digits
+    rest = rows.sum(0).to(wide) / count.clamp(min=1)
+    mean, scatter = mean.to(wide) + rest, scatter.to(wide) - count * _square(rest, full)
     count, total, moment = sum_over_ranks(count, count * mean, scatter + count * _square(mean, full), group=group)
     mean = total / count.clamp(min=1)
     scatter = moment - count * _square(mean, full)
