@@ -75,8 +75,9 @@ class Distiller(pl.LightningModule):
         super().__init__()
         if not teachers:
             raise UserError("model.teachers: empty; name at least one teacher")
-        if optimizer not in list_optimizers():
-            raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, list_optimizers())}; take one")
+        known = [str(name) for name in list_optimizers()]
+        if optimizer not in known:
+            raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, known)}; take one")
         self.names = list(teachers)
         self.encoders = nn.ModuleDict({name: config.encoder for name, config in teachers.items()})
         heads = nn.ModuleDict()
@@ -175,7 +176,7 @@ class Distiller(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = self._parameter_groups()
-        betas = {"betas": self.betas} if get_optimizer_info(self.optimizer).has_betas else {}
+        betas: dict[str, Any] = {"betas": self.betas} if get_optimizer_info(self.optimizer).has_betas else {}
         optimizer = create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, **betas)
         rate = partial(
             multiplier,

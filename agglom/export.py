@@ -12,7 +12,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, cast
 
 import timm
 import torch
@@ -86,8 +86,8 @@ def write_export(
 
 def fold_normalizers(head: nn.Module) -> Adaptor:
     """A copy of a head's adaptor whose outputs are in the teacher's own units."""
-    adaptor = copy.deepcopy(head.adaptor).float().cpu()
-    normalizers = copy.deepcopy(head.normalizers).cpu()
+    adaptor = cast(Adaptor, copy.deepcopy(head.adaptor)).float().cpu()
+    normalizers = cast(nn.ModuleDict, copy.deepcopy(head.normalizers)).cpu()
     for kind, layer in adaptor.last_linears().items():
         if layer is not None:
             # A head that upsamples by u has u * u outputs a channel.
@@ -137,7 +137,7 @@ class ThroughAdaptor:
     """The student through one adaptor: images -> Features in that teacher's space. A Backbone like any other."""
 
     def __init__(self, exported: Exported, name: str) -> None:
-        self.exported, self.adaptor = exported, exported.heads[name]
+        self.exported, self.adaptor = exported, cast(Adaptor, exported.heads[name])
 
     @property
     def input(self) -> InputSpec:
@@ -206,7 +206,7 @@ def random_like(exported: Exported, seed: int = 0) -> Exported:
         )
         adaptors = {
             name: type(head)(head.student, head.teacher, head.token, head.tap_names, **head.options)
-            for name, head in exported.heads.items()
+            for name, head in ((name, cast(Adaptor, head)) for name, head in exported.heads.items())
         }
     return Exported(student, adaptors, {**exported.about, "steps": 0})
 
@@ -230,15 +230,14 @@ def _build_adaptor(entry: dict[str, Any]) -> Adaptor:
     known = {cls.__name__: cls for cls in _subclasses(Adaptor)}
     if entry["class"] not in known:
         raise UserError(f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import yours first")
-    student, teacher = (
-        Dims(**{k: tuple(map(tuple, v)) if k == "taps" else v for k, v in entry[side].items()})
-        for side in ("student", "teacher")
-    )
+    sides: list[dict[str, Any]] = [dict(entry["student"]), dict(entry["teacher"])]
+    student, teacher = (Dims(**{**side, "taps": tuple(map(tuple, side["taps"]))}) for side in sides)
     return known[entry["class"]](student, teacher, entry["token"], entry["tap_names"], **entry["options"])
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)
 

@@ -85,12 +85,11 @@ class Probe(Protocol):
 
 def label_problem(subject: Subject) -> str | None:
     """Why the labels can't be classified, or None."""
-    seen = {role: targets.labels for role, targets in subject.targets.items()}
-    for role, labels in seen.items():
-        if labels is None:
+    for role, targets in subject.targets.items():
+        if targets.labels is None:
             return f"the {role} split has no .cls"
-    if len(np.unique(seen["train"])) < 2:
-        return "the train split has a single class"
+        if role == "train" and len(np.unique(targets.labels)) < 2:
+            return "the train split has a single class"
     return None
 
 

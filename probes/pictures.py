@@ -103,7 +103,7 @@ def _colours(points: Tensor, scale_by: Tensor, shape: tuple[int, int, int]) -> n
 def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the arrays beside the report, atomically; keys are "KIND/NAME"."""
     scratch = folder / f".{FILE}.tmp.npz"
-    np.savez_compressed(scratch, **arrays)
+    np.savez_compressed(scratch, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for its flag
     scratch.replace(folder / FILE)
 
 

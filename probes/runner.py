@@ -30,7 +30,7 @@ from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
 
 SCHEMA_VERSION = 1
 ROLES = ("train", "val", "test")
-PROBES: dict[str, Callable[..., Probe]] = {
+PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "knn": KnnProbe,
     "linear": LinearProbe,
     "segmentation": SegmentationProbe,

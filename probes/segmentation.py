@@ -58,7 +58,7 @@ class SegmentationProbe:
         heads = [scale.fold(head) for head in heads]
         on_val = [scores(areas(head, subject, "val", classes).sum(0))["miou"] for head in heads]
         best = int(np.nanargmax(on_val))
-        pictures: dict[int, np.ndarray] = dict.fromkeys(subject.show)  # type: ignore[arg-type]
+        pictures: dict[int, np.ndarray] = dict.fromkeys(subject.show)  # type: ignore[assignment]  # filled by areas
         counted = areas(heads[best], subject, "test", classes, keep=pictures)
         return Result(
             metrics=scores(counted.sum(0)),

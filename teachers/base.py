@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ class Teacher(nn.Module):
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         raise TypeError(f"{name}: a teacher's tensors live in the module handed to freeze(), not on the teacher")
 
-    def _apply(self, fn, recurse: bool = True) -> Teacher:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)  # device yes, dtype no
