@@ -1,0 +1,186 @@
+"""The training module: its loss against plain torch code, what is trained and what is not, refusals, a script run."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agglom.adaptors import LadderAdaptor
+from agglom.balance import Manual, Uncertainty
+from agglom.data import ShardDataModule
+from agglom.distiller import Distiller
+from agglom.errors import UserError
+from agglom.objectives import MSE
+
+
+def build(tiny_student, tiny_teachers, names=(), **options):
+    student = options.pop("student", None) or tiny_student(summary_tokens=2)
+    return Distiller(student, tiny_teachers(*names), **options)
+
+
+def batch(size=3, seed=0):
+    pixels = torch.rand(size, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return {"image": pixels, "key": [str(i) for i in range(size)]}
+
+
+def step(module, data):
+    """`Distiller.step` without a trainer."""
+    module._log = lambda *_: None
+    return module.step(data, "train")
+
+
+def plain_mlp(head, x):
+    x = F.linear(x, head.first.weight, head.first.bias)
+    x = F.layer_norm(x, x.shape[-1:], head.norm.weight, head.norm.bias)
+    return F.linear(F.gelu(x), head.last.weight, head.last.bias)
+
+
+def standardised(x):
+    """(N, C) by its own mean and deviation, as in the first step."""
+    x = x.double()
+    return ((x - x.mean(0)) / (x.std(0) + 1e-6)).float()
+
+
+def test_loss_equals_a_plain_computation(tiny_student, tiny_teachers):
+    """standardise -> project -> align -> loss per image -> balance -> reduce."""
+    module = build(tiny_student, tiny_teachers, balance=Manual(weights=[1.0, 0.5, 2.0])).train()
+    data = batch()
+    got = step(copy.deepcopy(module), data)
+
+    images = data["image"]
+    backbone = module.student.backbone
+    tokens = backbone.forward_features((images - 0.5) / 0.5)
+    assert tuple(module.student.input.mean) == (0.5, 0.5, 0.5)
+    summaries, patches = tokens[:, :2], tokens[:, 2:]
+    total = torch.zeros(3)
+    for name, weight, token in (("clip", 1.0, 0), ("dino", 0.5, 1), ("sam", 2.0, None)):
+        truth, adaptor = module.encoders[name](images), module.heads[name].adaptor
+        loss = torch.zeros(3)
+        if token is not None:
+            prediction = plain_mlp(adaptor.summary, summaries[:, token])
+            loss = loss + 1 - F.cosine_similarity(prediction, standardised(truth.summary))
+        cells = standardised(truth.spatial.permute(0, 2, 3, 1).flatten(0, 2)).view(3, 8, 8, -1).permute(0, 3, 1, 2)
+        prediction = plain_mlp(adaptor.spatial, patches).view(3, 4, 4, -1).permute(0, 3, 1, 2)
+        prediction = F.interpolate(prediction, (8, 8), mode="bilinear", align_corners=False)
+        cosine = 1 - F.cosine_similarity(prediction, cells, dim=1)
+        smooth = F.smooth_l1_loss(prediction, cells, reduction="none").mean(1)
+        loss = loss + (0.9 * cosine + 0.1 * smooth).mean((1, 2))
+        total = total + weight * loss
+    torch.testing.assert_close(got, total.mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_weight_0_is_not_built_and_not_run(tiny_student, tiny_teachers):
+    calls = []
+
+    class Counting(MSE):
+        def forward(self, prediction, target, mask=None):
+            calls.append(prediction.ndim)
+            return super().forward(prediction, target, mask)
+
+    teachers = tiny_teachers("clip", summary_weight=0.0, spatial_loss=Counting, summary_loss=Counting)
+    module = Distiller(tiny_student(), teachers)
+    step(module, batch()).backward()
+    assert calls == [4]
+    assert not [name for name in module.state_dict() if "heads.clip" in name and ".summary" in name]
+
+
+def test_gradient_reaches_all_that_is_trained_and_nothing_else(tiny_student, tiny_teachers):
+    module = build(
+        tiny_student, tiny_teachers, adaptor=LadderAdaptor, student=tiny_student(summary_tokens=2, registers=1)
+    )
+    step(module, batch()).backward()
+    missing = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing
+    for encoder in module.encoders.values():
+        assert not any(t.requires_grad or t.grad is not None for _, t in encoder.tensors())
+
+
+def test_state_has_no_teacher_tensor(tiny_student, tiny_teachers):
+    module = build(tiny_student, tiny_teachers)
+    assert not [key for key in module.state_dict() if key.startswith("encoders")]
+    assert {key.split(".")[0] for key in module.state_dict()} <= {"trained", "balance"}
+
+
+def test_only_blocks_that_an_adaptor_reads_are_tapped(tiny_student, tiny_teachers):
+    assert build(tiny_student, tiny_teachers).taps == ()
+    assert build(tiny_student, tiny_teachers, adaptor=LadderAdaptor).taps == ("blocks.0",)
+
+
+def test_summary_tokens_in_the_order_of_their_readers(tiny_student, tiny_teachers):
+    module = build(tiny_student, tiny_teachers, ("sam", "clip", "dino"))
+    assert [module.heads[name].adaptor.token for name in ("clip", "dino")] == [0, 1]
+    shared = build(tiny_student, tiny_teachers, student=tiny_student())
+    assert {head.adaptor.token for head in shared.heads.values()} == {0}
+
+
+def test_parameter_groups_hold_every_parameter_once(tiny_student, tiny_teachers):
+    module = build(tiny_student, tiny_teachers, balance=Uncertainty(teachers=3), student=tiny_student(summary_tokens=2))
+    decayed, plain = module._parameter_groups()
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    assert sorted(map(id, decayed["params"] + plain["params"])) == sorted(map(id, wanted))
+    assert decayed["weight_decay"] == 0.05 and plain["weight_decay"] == 0
+    backbone = module.student.backbone
+    spared = {id(p) for p in plain["params"]}
+    assert {
+        id(backbone.pos_embed),
+        id(backbone.cls_token),
+        id(backbone.reg_token),
+        id(module.balance.log_sigma),
+    } <= spared
+    assert all(p.ndim > 1 for p in decayed["params"])
+
+
+def test_remembered_teachers_run_once_an_image(tiny_student, tiny_teachers):
+    module = build(tiny_student, tiny_teachers, ("clip",), student=tiny_student(), remember_teachers=True)
+    seen = []
+    encode = module.encoders["clip"].encode
+    module.encoders["clip"].encode = lambda pixels: seen.append(len(pixels)) or encode(pixels)
+    first = step(module, batch())
+    module.heads["clip"].normalizers.eval()
+    step(module, batch())
+    assert seen == [3] and torch.isfinite(first)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "student", "words"),
+    [
+        (("sam",), {"summary_weight": 1.0}, {}, ["model.teachers.sam.summary_weight", "gives no summary"]),
+        (("sam",), {"spatial_weight": -1.0}, {}, ["model.teachers.sam.spatial_weight", "-1.0"]),
+        (("sam",), {"spatial_weight": 0.0}, {}, ["model.teachers.sam", "both weights are 0"]),
+        (("clip", "dino"), {}, {"summary_tokens": 3}, ["summary_tokens: 3", "1 (shared) or 2", "clip, dino"]),
+    ],
+)
+def test_refusals_in_one_line(tiny_student, tiny_teachers, names, options, student, words):
+    with pytest.raises(UserError) as err:
+        Distiller(tiny_student(**student), tiny_teachers(*names, **options))
+    assert "\n" not in str(err.value) and all(word in str(err.value) for word in words)
+
+
+def test_no_teachers():
+    with pytest.raises(UserError, match="model.teachers: empty"):
+        Distiller(None, {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
+def test_training_from_a_script(scenes, tiny_student, tiny_teachers, quiet_trainer, optimizer):
+    """No command line: Distiller, ShardDataModule and a plain trainer."""
+    module = build(
+        tiny_student, tiny_teachers, ("clip", "sam"), student=tiny_student(), optimizer=optimizer, warmup_steps=1
+    )
+    data = ShardDataModule(data=str(scenes), batch_size=4, size=32, num_workers=0, val_samples=4)
+    before = copy.deepcopy(module.trained.state_dict())
+    trainer = quiet_trainer(max_steps=2, val_check_interval=2, check_val_every_n_epoch=None)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 2
+    assert torch.isfinite(trainer.logged_metrics["val/loss"])
+    assert {"val/clip/summary_loss", "val/clip/spatial_loss", "val/sam/spatial_loss"} <= set(trainer.logged_metrics)
+    assert not torch.equal(
+        before["student.backbone.blocks.0.attn.qkv.weight"], module.student.backbone.blocks[0].attn.qkv.weight
+    )
+
+
+def test_unknown_optimizer_is_one_line(tiny_student, tiny_teachers):
+    with pytest.raises(UserError, match="model.optimizer: 'adamv'.*adam") as err:
+        build(tiny_student, tiny_teachers, ("sam",), student=tiny_student(), optimizer="adamv")
+    assert "\n" not in str(err.value)
