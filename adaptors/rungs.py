@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Hidden units a product takes at once on a CPU. It gains nothing from wider ones and loses to memory traffic:
-# temporaries that outgrow the allocator's free list go back to the system and are faulted in anew at every step.
-CPU_PIECE = 1536
+# Bytes of hidden units that a product takes at once on a CPU. It gains nothing from more, and glibc's malloc gives
+# blocks of 32 MiB and above back to the system, to be faulted in anew at every step.
+CPU_PIECE = 20 * 2**20
 
 
 def sum_of_rungs(
@@ -50,7 +50,9 @@ def sum_of_rungs(
         rungs, weights, biases = ([t.to(dtype) for t in group] for group in (rungs, weights, biases))
         last, last_bias = last.to(dtype), None if last_bias is None else last_bias.to(dtype)
     # Pieces add up in the output's precision, so half precision takes all in one.
-    piece = CPU_PIECE if device == "cpu" and last.dtype.itemsize >= 4 else None
+    piece = None
+    if device == "cpu" and last.dtype.itemsize >= 4:
+        piece = max(64, CPU_PIECE // (last.dtype.itemsize * max(1, len(rungs[0]))))
     keep = torch.is_grad_enabled() and not recompute
     with torch.autocast(device, enabled=False):
         return _SumOfRungs.apply(len(rungs), piece, keep, last, last_bias, *rungs, *weights, *biases)
@@ -85,16 +87,15 @@ class _SumOfRungs(torch.autograd.Function):
         grad_rungs: list[Tensor | None] = [None] * count
         grad_weights = [torch.empty_like(w) if need else None for w, need in zip(weights, weight_needs, strict=True)]
         grad_biases = [torch.empty_like(b) for b in biases]
-        scratch: dict[int, Tensor] = {}
-        for i, (columns, parts) in enumerate(_pieces([len(w) for w in weights], ctx.piece)):
+        pieces = list(_pieces([len(w) for w in weights], ctx.piece))
+        scratch = grad.new_empty(len(grad) * max(parts[-1][2].stop for _, parts in pieces))
+        for i, (columns, parts) in enumerate(pieces):
             hidden = kept[i] if ctx.keep else _hidden(rungs, weights, biases, parts)
             # One scratch matrix holds in turn GELU(hidden), the gradient after the GELU and the one before it.
-            if hidden.shape[1] not in scratch:
-                scratch[hidden.shape[1]] = torch.empty_like(hidden)
-            work = scratch[hidden.shape[1]]
+            work = scratch[: hidden.numel()].view_as(hidden)
             if grad_last is not None:
                 torch.ops.aten.gelu.out(hidden, out=work)
-                grad_last[:, columns] = grad.T @ work
+                torch.mm(grad.T, work, out=grad_last[:, columns])
             torch.mm(grad, last[:, columns], out=work)
             torch.ops.aten.gelu_backward.grad_input(work, hidden, grad_input=work)
             sums = work.sum(0)
@@ -121,17 +122,19 @@ def _hidden(
 
 
 def _pieces(hidden: Sequence[int], piece: int | None) -> Iterator[tuple[slice, list[tuple[int, slice, slice]]]]:
-    """Cut the rungs' hidden units, side by side, into pieces of at most `piece`.
+    """Cut the rungs' hidden units, side by side, into pieces of at most `piece`: whole rungs where they fit.
 
     Yields:
         the piece's columns of `last`, and its parts: (rung, units of that rung, their columns of the piece).
     """
-    total = sum(hidden)
-    for start in range(0, total, piece or total):
-        stop, left, parts = min(start + (piece or total), total), 0, []
-        for r, units in enumerate(hidden):
-            low, high = max(start, left), min(stop, left + units)
-            if low < high:
-                parts.append((r, slice(low - left, high - left), slice(low - start, high - start)))
-            left += units
-        yield slice(start, stop), parts
+    start, width, parts = 0, 0, []
+    for r, units in enumerate(hidden):
+        share = -(-units // -(-units // (piece or units)))  # a rung that is too wide is cut into equal shares
+        for low in range(0, units, share):
+            high = min(low + share, units)
+            if parts and piece and width + high - low > piece:
+                yield slice(start, start + width), parts
+                start, width, parts = start + width, 0, []
+            parts.append((r, slice(low, high), slice(width, width + high - low)))
+            width += high - low
+    yield slice(start, start + width), parts

@@ -144,10 +144,15 @@ def test_pieces_cover_every_unit_once(piece):
     assert seen == [(r, u) for r, n in enumerate(hidden) for u in range(n)]
 
 
+def test_pieces_keep_rungs_whole_where_they_fit():
+    widths = [columns.stop - columns.start for columns, _ in _pieces([768] * 11 + [3072], 1600)]
+    assert widths == [1536] * 5 + [768] + [1536] * 2
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("piece", [None, 3])
 def test_gradients_by_finite_differences(recompute, piece, monkeypatch):
-    monkeypatch.setattr("agglom.adaptors.rungs.CPU_PIECE", piece)
+    monkeypatch.setattr("agglom.adaptors.rungs._pieces", lambda hidden, _: _pieces(hidden, piece))
     torch.manual_seed(0)
     sizes = [(3, 4), (2, 5)]
     xs = [torch.randn(3, d, dtype=torch.double, requires_grad=True) for d, _ in sizes]
