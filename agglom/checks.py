@@ -202,8 +202,10 @@ def _output(trainer: dict[str, Any]) -> Iterator[str]:
 
 def _memory(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     """Remembered teachers have seen one view of each image, so there must be only one."""
-    view = data.get("view") if isinstance(data.get("view"), dict) else {}
-    fixed = view.get("flip", 0.5) == 0 and all(list(view.get(key) or ()) == [1, 1] for key in ("scale", "ratio"))
+    view = {"scale": (), "ratio": (), "flip": 0.5} | _section(data, "view")
+    if not all(isinstance(view[key], (list, tuple)) for key in ("scale", "ratio")):
+        return  # said already
+    fixed = view["flip"] == 0 and all(list(view[key]) == [1, 1] for key in ("scale", "ratio"))
     if model.get("remember_teachers") is True and not fixed:
         yield (
             "model.remember_teachers: true, but data.view crops or flips; valid: false, or a fixed view; "

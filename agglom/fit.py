@@ -147,7 +147,7 @@ def _quieten() -> None:
     ignored = (
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of a torch name that will go
         "Found .* module\\(s\\) in eval mode",  # the frozen teachers, as they should be
-        "You have overridden `on_after_batch_transfer` in both",  # is about the data module's base class
+        "You have overridden `on_after_batch_transfer`",  # in the module alone, on purpose
         "The `train_dataloader` does not have many workers",  # their number is the user's, see data.num_workers
         "The `val_dataloader` does not have many workers",
     )

@@ -48,7 +48,7 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
             yield from problems(f"{key}.{name}", item, arguments[1])
     elif inspect.isclass(kind) and kind.__module__.split(".")[0] == "agglom":
         yield from _instance(key, value, kind, given=0)
-    elif not _parses(value, kind):
+    elif value is None or not _parses(value, kind):  # jsonargparse takes null for anything
         yield f"{key}: {_show(value)}; valid: {_name(kind)}; change it"
 
 
@@ -98,6 +98,8 @@ def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Itera
     parameters = [p for p in inspect.signature(target).parameters.values() if p.name != "self"][given:]
     named = {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     for name, item in value.items():
+        if name in named and item is None and named[name].default is None:
+            continue  # as good as left out, whatever the annotation
         if name in named:
             yield from problems(f"{key}.{name}", item, hints.get(name, Any))
         elif not any(p.kind is p.VAR_KEYWORD for p in parameters):

