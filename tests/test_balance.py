@@ -238,12 +238,12 @@ class TestRandomK:
         torch.testing.assert_close(kept.float().mean(1), torch.full((T,), k / T), atol=0.02, rtol=0)
 
     def test_statistics_per_batch(self):
-        balance, total, n = RandomK(k=2), torch.zeros(T), 2000
+        balance, total, n = RandomK(k=2), torch.zeros(T), 600
         for _ in range(n):
             kept = balance(torch.rand(T, 3), all_valid(T, 3)) > 0
             assert (kept == kept[:, :1]).all() and (kept.sum(0) == 2).all()
             total += kept[:, 0]
-        torch.testing.assert_close(total / n, torch.full((T,), 0.5), atol=0.05, rtol=0)
+        torch.testing.assert_close(total / n, torch.full((T,), 0.5), atol=0.09, rtol=0)
 
     @pytest.mark.parametrize("per", ["batch", "image"])
     def test_valid_only_and_as_many_as_there_are(self, losses, per):
@@ -262,3 +262,27 @@ class TestRandomK:
         for options in ({"k": 0}, {"k": 1, "per": "epoch"}):
             with pytest.raises(UserError, match="valid"):
                 RandomK(**options)
+
+
+@pytest.mark.parametrize(
+    "balance",
+    [
+        Equal(),
+        Manual(weights=[1, 2, 3], normalize=True),
+        TeacherDropping(),
+        TeacherDropping(normalization="per_pair", own_data=True),
+        AdaLoss(),
+        Uncertainty(teachers=3),
+        RandomK(k=2),
+        RandomK(k=2, per="image"),
+    ],
+    ids=lambda b: type(b).__name__,
+)
+def test_the_host_never_waits(balance):
+    """A tensor on the meta device has no value: anything that would ask the device for one raises here."""
+    balance.to("meta")
+    losses, valid = torch.empty(3, 5, device="meta"), torch.empty(3, 5, dtype=torch.bool, device="meta")
+    for _ in range(2):
+        assert balance(losses, valid, valid).shape == (3, 5)
+        balance.penalty()
+        assert balance.kept_share().shape == balance.mean_weight().shape == (3,)

@@ -15,6 +15,7 @@ from torch import Tensor
 from agglom.errors import UserError
 from agglom.objectives.base import Loss, check_mask, widen
 from agglom.objectives.pointwise import EPS
+from agglom.targets.moments import no_autocast
 
 
 def pair_distances(x: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def relational(
     x, z = widen(prediction), widen(target.detach())
     if len(x) < 2:
         return x.sum(1) * 0
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         student, teacher = pair_distances(x), pair_distances(z)
     unit = teacher.mean().clamp(min=EPS)
     far = teacher >= teacher.median()
@@ -86,7 +87,7 @@ def gram(prediction: Tensor, target: Tensor, mask: Tensor | None = None, *, clip
         x, z = x.masked_fill(outside, 0), z.masked_fill(outside, 0)  # a zero token has cosine 0 with all, on both sides
         pairs = mask.flatten(1).sum(1).clamp(min=1).square()
     x, z = (F.normalize(f.flatten(2), dim=1, eps=EPS) for f in (x, z))  # (B, C, N)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         student, teacher = x.mT @ x, z.mT @ z  # (B, N, N)
     if clip_negative:
         student, teacher = student.clamp(min=0), teacher.clamp(min=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agglom.errors import UserError
-from agglom.targets.moments import Moments, Statistics, batch_moments
+from agglom.targets.moments import Moments, Statistics, batch_moments, no_autocast
 
 
 class Normalizer(Statistics):
@@ -162,5 +162,5 @@ def _act(x: Tensor, by: Tensor) -> Tensor:
     by = by.to(x.dtype)
     if by.ndim == 1:
         return x * by
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return x @ by.T

@@ -7,7 +7,8 @@ float64: there the accumulators are float32.
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,13 @@ class Moments(NamedTuple):
 def accumulator(device: torch.device) -> torch.dtype:
     """The dtype statistics are kept in on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def no_autocast(device: torch.device) -> ContextManager[Any]:
+    """Matrix products in the dtype of their operands, whatever the caller's autocast says."""
+    # devices without autocast (meta) have none to turn off, and refuse the question
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def sum_over_ranks(*tensors: Tensor, group: Any = None) -> tuple[Tensor, ...]:
@@ -81,7 +89,7 @@ def batch_moments(x: Tensor, mask: Tensor | None = None, *, full: bool = False, 
     if mask is not None:
         rows = rows.masked_fill(outside, 0)
     if full:
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             scatter = rows.T @ rows
     else:
         scatter = rows.square().sum(0)

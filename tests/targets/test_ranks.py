@@ -58,7 +58,7 @@ def test_two_ranks_are_one(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([*command, str(r)], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
     for process in ranks:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     one = scenario(0, 1)
     two = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2)]
@@ -69,7 +69,7 @@ def test_two_ranks_are_one(tmp_path):
             torch.testing.assert_close(torch.cat([t[name] for t in two]), want, rtol=1e-4, atol=1e-4, msg=name)
         else:
             assert torch.equal(two[0][name], two[1][name]), name  # not a bit apart, or the ranks would drift
-            torch.testing.assert_close(two[0][name], want, rtol=1e-5, atol=1e-5, msg=name)
+            assert (two[0][name] - want).double().norm() <= 1e-5 * want.double().norm(), name
 
 
 if __name__ == "__main__":
