@@ -23,7 +23,9 @@ def build(entry):
     from agglom.schema import find_class
     from agglom.teachers import Teacher
 
-    options = dict(entry["init_args"]) | ({} if "Student" in entry["class_path"] else {"pretrained": False})
+    options = dict(entry["init_args"])
+    if "Student" not in entry["class_path"]:
+        options |= {"pretrained": False, "dtype": "fp32"}  # autocast does nothing on the meta device
     with torch.device("meta"):
         return find_class(entry["class_path"], Teacher)(**options)
 
