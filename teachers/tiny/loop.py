@@ -119,6 +119,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, required=True, help="optimiser steps; the same number gives the same bytes"
     )
+    parser.add_argument("--stop", type=int, help="end after this step; the schedules still count on --steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=1000, help="steps between two saved versions")
     return parser.parse_args()
@@ -153,7 +154,8 @@ def train(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     warmup, started, sums = min(300, args.steps // 10 + 1), time.perf_counter(), {}
-    for step in range(args.steps):
+    stop = args.stop or args.steps
+    for step in range(stop):
         progress = step / args.steps
         rate = lr * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group in optimizer.param_groups:
@@ -172,7 +174,7 @@ def train(
         if (step + 1) % 50 == 0:
             shown = " ".join(f"{key} {value:.3f}" for key, value in sums.items())
             print(f"{name} {step + 1}/{args.steps} {time.perf_counter() - started:.0f} s {shown}", flush=True)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == stop:
             save(shipped(average), Path(args.out) / f"{name}.safetensors", step=step + 1, args=args)
 
 
@@ -180,8 +182,10 @@ def save(tensors: dict[str, Tensor], path: Path, *, step: int, args: argparse.Na
     """Half precision and atomic; the header says how the weights came about."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
+    # one entry, for safetensors writes several in any order
+    training = json.dumps({"step": step, "steps": args.steps, "seed": args.seed})
     halves = {key: value.detach().half().contiguous() for key, value in tensors.items()}
-    save_file(halves, scratch, metadata={"step": str(step), "steps": str(args.steps), "seed": str(args.seed)})
+    save_file(halves, scratch, metadata={"training": training})
     scratch.replace(path)
 
 

@@ -1,6 +1,6 @@
 """Train `tiny:clip`: pictures and captions into one space, with an open_clip text tower.
 
-    python -m agglom.teachers.tiny.train_clip --data DIR --out DIR --steps 6000
+    python -m agglom.teachers.tiny.train_clip --data DIR --out DIR --steps 5000
 
 Three contrasts: 32 px crops of single garments with their own phrase, whole scenes with their captions, and in whole
 scenes the pooled patches of each box with the phrase of that box. Equal captions are one caption, so they are positives

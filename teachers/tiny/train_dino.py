@@ -1,12 +1,12 @@
 """Train `tiny:dino`: self-distillation from a moving average of itself, with local crops and masked patches, no labels.
 
-    python -m agglom.teachers.tiny.train_dino --data DIR --out DIR --steps 5000
+    python -m agglom.teachers.tiny.train_dino --data DIR --out DIR --steps 3300
 
 The average looks at two crops of a scene, the student at the same two with patches hidden and at two small ones of the
-same place. Three losses: the student's summary picks its scene's summary out of the batch (InfoNCE), the local crops too, and hidden
-patches are predicted in the average's own feature space. Crops are drawn where colour is strong (garments are the
-colourful part of a scene), and what is colourless is painted over in most views, or backgrounds would be all that is
-learned. No box, mask, class or caption is read.
+same place. Three losses: the student's summary picks its scene's summary out of the batch (InfoNCE), the local crops do
+so too, and hidden patches are predicted in the average's own feature space. Crops are drawn where colour is strong
+(garments are the colourful part of a scene), and what is colourless is painted over in most views, or backgrounds would
+be all that is learned. No box, mask, class or caption is read.
 """
 
 from __future__ import annotations

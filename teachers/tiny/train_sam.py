@@ -1,6 +1,6 @@
 """Train `tiny:sam`: a point or a box -> the mask of the garment there, whatever its class, through patch features.
 
-python -m agglom.teachers.tiny.train_sam --data DIR --out DIR --steps 12000
+python -m agglom.teachers.tiny.train_sam --data DIR --out DIR --steps 2600
 """
 
 from __future__ import annotations
