@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Sequence
 
 import timm
@@ -55,6 +56,10 @@ class TimmStudent(Student):
         if prefix:
             options.setdefault("reg_tokens", prefix)
         self.name, self.options = name, options
+        if prefix and not _takes_registers(name):
+            raise UserError(
+                f"student.summary_tokens: {summary_tokens}; valid for the CNN {name}: 1 (its pooled features)"
+            )
         self.backbone = _build(name, pretrained=pretrained, checkpoint=checkpoint, options=options)
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
@@ -65,8 +70,6 @@ class TimmStudent(Student):
                 f"student.summary_tokens: {summary_tokens} > {self.backbone.num_prefix_tokens} prefix tokens of {name}; "
                 f"set summary_tokens to at most that, or kwargs.class_token: true"
             )
-        if not self.is_vit and summary_tokens != 1:
-            raise UserError(f"student.summary_tokens: {summary_tokens}; valid for the CNN {name}: 1 (its pooled features)")
         self.input = self._input(mean, std)
         self._name_taps()
 
@@ -135,7 +138,9 @@ class TimmStudent(Student):
         summary = self.backbone.forward_head(spatial, pre_logits=True)
         if spatial.shape[1] != self.dims.spatial:  # Swin-like models answer channels last
             spatial = spatial.permute(0, 3, 1, 2)
-        tapped = {self.tap_names[i]: (x.mean((2, 3)).unsqueeze(1), x) for i, x in zip(sorted(indices), blocks, strict=True)}
+        tapped = {
+            self.tap_names[i]: (x.mean((2, 3)).unsqueeze(1), x) for i, x in zip(sorted(indices), blocks, strict=True)
+        }
         return StudentFeatures(summary.unsqueeze(1), spatial, {t: tapped[t] for t in taps})
 
     def no_weight_decay(self) -> set[str]:
@@ -144,9 +149,20 @@ class TimmStudent(Student):
         return {f"backbone.{name}" for name in names | {"pos_embed", "cls_token", "reg_token"}}
 
 
+def _takes_registers(name: str) -> bool:
+    """Whether timm's model of this name is a VisionTransformer, the family that `reg_tokens` belongs to."""
+    if name.startswith(("local-dir:", "hf-hub:")) or not timm.is_model(name.split(".")[0]):
+        return True  # known only once it is built; unknown names get their own message
+    return timm.models.is_model_in_modules(
+        name.split(".")[0], ["vision_transformer", "vision_transformer_hybrid", "deit", "eva"]
+    )
+
+
 def _build(name: str, *, pretrained: bool, checkpoint: str | None, options: dict[str, Any]) -> nn.Module:
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
         raise UserError(f"student.name: {name!r}; {nearest(name, timm.list_models())}")
+    if checkpoint and not Path(checkpoint).is_file():
+        raise UserError(f"student.checkpoint: {checkpoint} does not exist; give a local safetensors or PyTorch file")
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
         if checkpoint:
