@@ -91,10 +91,9 @@ class Teacher(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; a teacher takes floats in [0, 1]: divide by 255")
         kind = images.device.type if torch.amp.is_autocast_available(images.device.type) else "cpu"
-        with torch.no_grad(), torch.autocast(kind, enabled=False):
-            pixels = prepare(images.detach().float(), self.input)
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
-                summary, spatial = self.encode(pixels)
+        pixels = prepare(images.detach().float(), self.input)
+        with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
+            summary, spatial = self.encode(pixels)
         return Features(*(None if x is None else x.detach().float() for x in (summary, spatial)))
 
     def dry_run(self, size: tuple[int, int]) -> Features:

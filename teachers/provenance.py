@@ -34,7 +34,7 @@ def fingerprint(module: nn.Module | Mapping[str, Tensor]) -> str:
         named = module.items()
     digest = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu()
         digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

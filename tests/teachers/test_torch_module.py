@@ -1,4 +1,4 @@
-"""TorchTeacher: how outputs of every kind are sorted, discovered widths and stride, import paths, TorchScript, errors."""
+"""TorchTeacher: how outputs of every kind are sorted, discovered widths and stride, import paths, TorchScript."""
 
 from __future__ import annotations
 
