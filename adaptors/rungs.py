@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 # Bytes of hidden units that a product takes at once on a CPU. It gains nothing from more, and glibc's malloc gives
 # blocks of 32 MiB and above back to the system, to be faulted in anew at every step.
-CPU_PIECE = 20 * 2**20
+CPU_PIECE = 10 * 2**20
 
 
 def sum_of_rungs(
