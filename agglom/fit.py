@@ -90,7 +90,7 @@ class FitCLI(LightningCLI):
                 save_top_k=1,
                 enable_version_counter=False,
             ),
-            RunDirectory(size=config.data.size),
+            RunDirectory(size=config.data.size, resuming=bool(config.ckpt_path)),
         ]
         return super().instantiate_trainer(**kwargs)
 

@@ -22,7 +22,7 @@ def weights_hash(model: Backbone) -> str:
     Something that isn't a module, or has no tensors, is named by its `sha256` or by its type.
     """
     digest = hashlib.sha256()
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -69,11 +69,14 @@ def data_hash(index: Any) -> str:
 
 def device_of(model: Backbone) -> torch.device:
     """Where the model's tensors are; the CPU where it has none."""
-    return next((tensor.device for _, tensor in _tensors(model)), torch.device("cpu"))
+    return next((tensor.device for _, tensor in tensors_of(model)), torch.device("cpu"))
 
 
-def _tensors(model: Backbone) -> list[tuple[str, Tensor]]:
-    # parameters and buffers, not state_dict: a teacher's state_dict is empty on purpose
+def tensors_of(model: Backbone) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer with its name; nothing for what is no module."""
+    frozen = getattr(model, "tensors", None)
+    if callable(frozen):  # a teacher shows its parameters to nobody who might train them
+        return list(frozen())
     if not isinstance(model, nn.Module):
         return []
     return [*model.named_parameters(), *model.named_buffers()]

@@ -21,7 +21,7 @@ from agglom.features import Backbone, Features, TextTower
 from agglom.probes import pictures
 from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.extract import FeatureSet, Source, Targets, Wanted, extract
-from agglom.probes.fingerprint import weights_hash
+from agglom.probes.fingerprint import tensors_of, weights_hash
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
 from agglom.probes.segmentation import SegmentationProbe
@@ -398,7 +398,7 @@ def _provenance(model: Backbone, role: str) -> dict[str, Any]:
     known = {
         key: getattr(model, key) for key in ("source", "licence", "sha256") if isinstance(getattr(model, key, 0), str)
     }
-    count = sum(p.numel() for p in model.parameters()) if isinstance(model, torch.nn.Module) else None
+    count = sum(t.numel() for _, t in tensors_of(model) if isinstance(t, torch.nn.Parameter)) or None
     return {
         "role": role, "fingerprint": weights_hash(model), "input": model.input.as_dict(), "parameters": count, **known,
     }  # fmt: skip

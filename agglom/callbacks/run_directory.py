@@ -38,11 +38,13 @@ class RunDirectory(Checkpoint):
 
     Args:
         size: pixels of a side of the training images, for the export's input contract.
+        resuming: the run goes on from a checkpoint, so its teachers must be the ones that it started with.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, resuming: bool = False) -> None:
+        self.size, self.resuming = size, resuming
         self._signum: int | None = None
+        self._path: Path | None = None  # of the checkpoint that was written on a signal
         self._previous: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -50,7 +52,7 @@ class RunDirectory(Checkpoint):
             return
         path = Path(trainer.default_root_dir) / "teachers.json"
         current = manifest(dict(pl_module.encoders.items()))
-        if trainer.ckpt_path and path.is_file():
+        if self.resuming and path.is_file():
             differences = compare(json.loads(path.read_text()), current)
             if differences:
                 raise UserError(f"{path}: the run was started with other teachers: {'; '.join(differences)}; start a new run")
@@ -73,9 +75,13 @@ class RunDirectory(Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._signum is None:
             return
-        path = checkpoint_path(trainer.default_root_dir)
-        trainer.save_checkpoint(path, weights_only=False)  # False: with the optimiser
-        raise Stopped(self._signum, path, trainer.global_step)
+        self._path = checkpoint_path(trainer.default_root_dir)
+        trainer.save_checkpoint(self._path, weights_only=False)  # False: with the optimiser
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        # Not at the end of the batch: Lightning logs a step's metrics only after that hook.
+        if self._path is not None and self._signum is not None:
+            raise Stopped(self._signum, self._path, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_signals()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -40,6 +41,15 @@ def _collate(samples: Sequence[Any]) -> Mapping[str, Any] | _Failure:
     return failure or collate(samples)
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer still needs batches to end its step.
+
+    A worker is gone 15 s after a SIGTERM all the same, so that nothing that waits for it hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(15))
+
+
 class Loader(DataLoader):
     """Batches of a stream, assembled in the workers.
 
@@ -63,6 +73,7 @@ class Loader(DataLoader):
             pin_memory=pin_memory,
             drop_last=isinstance(stream, TrainStream),
             collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
         self.stream = stream
 
