@@ -7,7 +7,7 @@ layers and the sum are one product, and what comes after the GELU is computed ag
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,8 @@ def _pieces(hidden: Sequence[int], piece: int | None) -> Iterator[tuple[slice, l
     Yields:
         the piece's columns of `last`, and its parts: (rung, units of that rung, their columns of the piece).
     """
-    start, width, parts = 0, 0, []
+    start, width = 0, 0
+    parts: list[Any] = []
     for r, units in enumerate(hidden):
         share = -(-units // -(-units // (piece or units)))  # a rung that is too wide is cut into equal shares
         for low in range(0, units, share):

@@ -181,8 +181,9 @@ def _ranges(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     if isinstance(model.get("optimizer"), str):
         from timm.optim import list_optimizers
 
-        if model["optimizer"] not in list_optimizers():
-            yield f"model.optimizer: {model['optimizer']!r}; {nearest(model['optimizer'], list_optimizers())}; take one"
+        known = [str(name) for name in list_optimizers()]
+        if model["optimizer"] not in known:
+            yield f"model.optimizer: {model['optimizer']!r}; {nearest(model['optimizer'], known)}; take one"
 
 
 def _output(trainer: dict[str, Any]) -> Iterator[str]:
@@ -202,7 +203,7 @@ def _output(trainer: dict[str, Any]) -> Iterator[str]:
 
 def _memory(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     """Remembered teachers have seen one view of each image, so there must be only one."""
-    view = {"scale": (), "ratio": (), "flip": 0.5} | _section(data, "view")
+    view: dict[str, Any] = {"scale": (), "ratio": (), "flip": 0.5} | _section(data, "view")
     if not all(isinstance(view[key], (list, tuple)) for key in ("scale", "ratio")):
         return  # said already
     fixed = view["flip"] == 0 and all(list(view[key]) == [1, 1] for key in ("scale", "ratio"))
@@ -286,7 +287,7 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
             configs[name] = config
         except UserError as err:
             yield str(err)
-    if student is not None and configs and len(configs) == len(entries):
+    if student is not None and configs and isinstance(entries, dict) and len(configs) == len(entries):
         try:
             summary_tokens(student, configs)
         except UserError as err:

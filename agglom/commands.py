@@ -142,7 +142,7 @@ def report(dirs: list[str]) -> None:
     for folder in folders:
         print(write_report(folder))
     if len(folders) > 1:
-        print(write_comparison(folders))
+        print(write_comparison(folders, folders[0]))
 
 
 def export(ckpt: str, out: str) -> None:

@@ -172,7 +172,9 @@ class Distiller(pl.LightningModule):
                 for kind in losses[name]:
                     target = getattr(targets[name], kind)
                     metrics[f"train/{name}/{kind}_target_std"] = target.std()
-        self.log_dict(metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(per_image[0]))
+        self.log_dict(
+            metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=len(per_image[0])
+        )
 
     def configure_optimizers(self) -> Any:
         groups = self._parameter_groups()

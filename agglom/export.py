@@ -1,9 +1,9 @@
 """From a trained student to a folder that plain timm loads, and back.
 
-    config.json, model.safetensors    timm's own format: timm.create_model("local-dir:DIR", pretrained=True)
-    adaptors.json, adaptors.safetensors   the adaptors, answering in their teachers' own units
-    agglom.json                       what the folder is: student, teachers, sizes, versions
-    README.md                         model card
+config.json, model.safetensors    timm's own format: timm.create_model("local-dir:DIR", pretrained=True)
+adaptors.json, adaptors.safetensors   the adaptors, answering in their teachers' own units
+agglom.json                       what the folder is: student, teachers, sizes, versions
+README.md                         model card
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Exported(nn.Module):
         return Features(features.summary.flatten(1), features.spatial)
 
     @property
-    def adaptors(self) -> Mapping[str, "ThroughAdaptor"]:
+    def adaptors(self) -> Mapping[str, ThroughAdaptor]:
         return _Adaptors(self)
 
 
@@ -229,7 +229,9 @@ def _build_adaptor(entry: dict[str, Any]) -> Adaptor:
     """By class name among the adaptors that are imported; nothing else is imported on a file's word."""
     known = {cls.__name__: cls for cls in _subclasses(Adaptor)}
     if entry["class"] not in known:
-        raise UserError(f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import yours first")
+        raise UserError(
+            f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import yours first"
+        )
     sides: list[dict[str, Any]] = [dict(entry["student"]), dict(entry["teacher"])]
     student, teacher = (Dims(**{**side, "taps": tuple(map(tuple, side["taps"]))}) for side in sides)
     return known[entry["class"]](student, teacher, entry["token"], entry["tap_names"], **entry["options"])
@@ -246,7 +248,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as err:
-        raise UserError(f"{path}: missing; give an export folder or a run directory with one (`agglom export`)") from err
+        raise UserError(
+            f"{path}: missing; give an export folder or a run directory with one (`agglom export`)"
+        ) from err
     except ValueError as err:  # JSONDecodeError, UnicodeDecodeError
         raise UserError(f"{path}: not JSON ({err}); export the run again") from err
 

@@ -47,7 +47,7 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimiser steps between checkpoints.")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Without Lightning's warning that arguments were given from Python: `agglom.cli` is where they come from."""
         try:
             self.config = parser.parse_args(args)

@@ -92,5 +92,5 @@ def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:
 
 
 def _templates(data: str) -> Sequence[str]:
-    """Zero-shot prompts: the data set's own, where its index names some (`extra.templates`), else plain English ones."""
+    """Zero-shot prompts: the data set's own, where its index names some (`extra.templates`), else plain ones."""
     return read_index(data).extra.get("templates", TEMPLATES)

@@ -103,7 +103,9 @@ def export_checkpoint(ckpt: Path, out: Path) -> Path:
 
     path = checkpoint_path(ckpt) if ckpt.is_dir() else ckpt
     if not path.is_file():
-        raise UserError(f"ckpt: {path} does not exist; give RUN/checkpoints/last.ckpt or a run directory that holds one")
+        raise UserError(
+            f"ckpt: {path} does not exist; give RUN/checkpoints/last.ckpt or a run directory that holds one"
+        )
     config = read_config(path.parent.parent / "config.yaml")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -115,5 +117,9 @@ def export_checkpoint(ckpt: Path, out: Path) -> Path:
     if average is not None:
         module.trained.load_state_dict(average)
     return export_module(
-        module, out, manifest({name: cast(Teacher, encoder) for name, encoder in module.encoders.items()}), config["data"]["size"], state["global_step"]
+        module,
+        out,
+        manifest({name: cast(Teacher, encoder) for name, encoder in module.encoders.items()}),
+        config["data"]["size"],
+        state["global_step"],
     )

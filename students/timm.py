@@ -67,8 +67,8 @@ class TimmStudent(Student):
         self.is_vit = hasattr(self.backbone, "num_prefix_tokens") and hasattr(self.backbone, "blocks")
         if self.is_vit and self.backbone.num_prefix_tokens < summary_tokens:
             raise UserError(
-                f"student.summary_tokens: {summary_tokens} > {self.backbone.num_prefix_tokens} prefix tokens of {name}; "
-                f"set summary_tokens to at most that, or kwargs.class_token: true"
+                f"student.summary_tokens: {summary_tokens} > {self.backbone.num_prefix_tokens} prefix tokens of "
+                f"{name}; set summary_tokens to at most that, or kwargs.class_token: true"
             )
         self.input = self._input(mean, std)
         self._name_taps()

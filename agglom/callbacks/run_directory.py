@@ -55,7 +55,9 @@ class RunDirectory(Checkpoint):
         if self.resuming and path.is_file():
             differences = compare(json.loads(path.read_text()), current)
             if differences:
-                raise UserError(f"{path}: the run was started with other teachers: {'; '.join(differences)}; start a new run")
+                raise UserError(
+                    f"{path}: the run was started with other teachers: {'; '.join(differences)}; start a new run"
+                )
         self._manifest = current
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,9 @@ class RunDirectory(Checkpoint):
         average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)
         if average is not None:
             average.exchange(pl_module)
-        export_module(pl_module, Path(trainer.default_root_dir) / "export", self._manifest, self.size, trainer.global_step)
+        export_module(
+            pl_module, Path(trainer.default_root_dir) / "export", self._manifest, self.size, trainer.global_step
+        )
         if average is not None:
             average.exchange(pl_module)
 
@@ -111,4 +115,6 @@ def checkpoint_path(root: str | Path) -> Path:
 def export_module(module: pl.LightningModule, out: Path, teachers: dict[str, Any], size: int, step: int) -> Path:
     """Write the export of a distiller with the weights that it holds now."""
     heads = dict(module.heads.items())
-    return write_export(out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step)
+    return write_export(
+        out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step
+    )

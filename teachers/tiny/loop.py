@@ -153,7 +153,8 @@ def train(
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    warmup, started, sums = min(300, args.steps // 10 + 1), time.perf_counter(), {}
+    warmup, started = min(300, args.steps // 10 + 1), time.perf_counter()
+    sums: dict[str, Any] = {}
     stop = args.stop or args.steps
     for step in range(stop):
         progress = step / args.steps

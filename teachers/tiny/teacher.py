@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import as_file, files
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,11 @@ class TinyTeacher(Teacher):
     @property
     def text(self) -> TextTower | None:
         """The text tower of clip, for zero-shot; None for the others."""
-        return self.network if self.name == "clip" else None
+        return cast(TextTower, self.network) if self.name == "clip" else None
 
     def encode(self, pixels: Tensor) -> Features:
         tokens = (self.network.vision if self.name == "clip" else self.network).tokens(pixels)  # (B, 64, 192)
-        spatial = tokens.transpose(1, 2).unflatten(2, self.input.grid(self.input.size))
+        spatial = tokens.transpose(1, 2).unflatten(2, self.input.grid((pixels.shape[-2], pixels.shape[-1])))
         if self.name == "sam":
             return Features(None, spatial)
         pooled = tokens.mean(1)
