@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-SCENES = {"train": 10_000, "val": 1_000, "test": 2_000}
+SCENES = {"train": 8_000, "val": 1_000, "test": 2_000}
 PROBES = ("knn", "linear", "segmentation", "zeroshot")
 LIMITS = {"train": 4_000, "val": 1_000, "test": 2_000}
 

@@ -43,10 +43,9 @@ def train(names: tuple[str, ...], seed: int, options: argparse.Namespace, out: P
     """One student of the named teachers -> its export."""
     pl.seed_everything(seed, verbose=False)
     encoders = {name: TinyTeacher(name) for name in names}
-    tokens = max(1, sum(encoder.summary_dim is not None for encoder in encoders.values()))
-    size = {"img_size": 64, "patch_size": 2, "depth": 4}
+    size = {"channels": [32, 64, 128, 192], "stem_width": 16, "output_stride": 8}  # the demo's student
     module = Distiller(
-        student=TimmStudent(name="vit_tiny_r_s16_p8_224", summary_tokens=tokens, kwargs=size),
+        student=TimmStudent(name="resnet10t", kwargs=size),
         teachers={name: TeacherConfig(encoder=encoder) for name, encoder in encoders.items()},
         lr=options.lr,
         warmup_steps=50,
@@ -155,7 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/complementarity"))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=3000, help="images the probes are fitted on")
     parser.add_argument("--test", type=int, default=1000, help="images the probes are tested on")
