@@ -191,8 +191,11 @@ class Distiller(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Two groups: with and without weight decay (one-dimensional, position embeddings, prefix tokens)."""
+        """Two groups: with and without weight decay (one-dimensional, and what student and adaptors exempt)."""
         exempt = {f"student.{name}" for name in self.student.no_weight_decay()}
+        for teacher, head in self.heads.items():
+            names = getattr(head.adaptor, "no_weight_decay", set)()
+            exempt |= {f"heads.{teacher}.adaptor.{name}" for name in names}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for name, parameter in [*self.trained.named_parameters(), *self.balance.named_parameters()]:

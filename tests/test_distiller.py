@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agglom.adaptors import LadderAdaptor
+from agglom.adaptors import LadderAdaptor, OrthogonalAdaptor
 from agglom.balance import Manual, Uncertainty
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
@@ -184,3 +184,12 @@ def test_unknown_optimizer_is_one_line(tiny_student, tiny_teachers):
     with pytest.raises(UserError, match="model.optimizer: 'adamv'.*adam") as err:
         build(tiny_student, tiny_teachers, ("sam",), student=tiny_student(), optimizer="adamv")
     assert "\n" not in str(err.value)
+
+
+def test_adaptors_may_exempt_themselves_from_weight_decay(tiny_student, tiny_teachers):
+    """An orthogonal map is decayed by nothing: decay would turn it without shrinking it."""
+    module = build(tiny_student, tiny_teachers, adaptor=OrthogonalAdaptor)
+    decayed, plain = module._parameter_groups()
+    own = {id(p) for head in module.heads.values() for p in head.adaptor.parameters()}
+    assert own and own <= {id(p) for p in plain["params"]}
+    assert not own & {id(p) for p in decayed["params"]} and decayed["params"]
