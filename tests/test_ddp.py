@@ -1,4 +1,4 @@
-"""Two real gloo ranks on halves of a batch end with the weights of one rank on the whole, uneven validation included."""
+"""Two gloo ranks on halves of a batch end with the weights of one rank on the whole, uneven validation included."""
 
 import subprocess
 import sys
