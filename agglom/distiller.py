@@ -194,7 +194,7 @@ class Distiller(pl.LightningModule):
         """Two groups: with and without weight decay (one-dimensional, and what student and adaptors exempt)."""
         exempt = {f"student.{name}" for name in self.student.no_weight_decay()}
         for teacher, head in self.heads.items():
-            names = getattr(head.adaptor, "no_weight_decay", set)()
+            names: set[str] = getattr(head.adaptor, "no_weight_decay", set)()
             exempt |= {f"heads.{teacher}.adaptor.{name}" for name in names}
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
