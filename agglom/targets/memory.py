@@ -56,7 +56,10 @@ def _row(part: Tensor | None, row: int) -> Tensor | None:
 
 def _batch(rows: list[Tensor | None], device: torch.device) -> Tensor | None:
     there = [row for row in rows if row is not None]
-    return torch.stack(there).to(device).float() if there else None
+    if not there:
+        return None
+    with torch.autocast("cpu", enabled=False):  # which can't stack float16 (torch 2.14)
+        return torch.stack(there).to(device).float()
 
 
 def _half(features: Tensor) -> Tensor:
