@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agglom.adaptors import LinearAdaptor
 from agglom.data import ShardDataModule, ViewOptions, eval_loader, read_index
+from agglom.demo import fast_bf16
 from agglom.distiller import Distiller
 from agglom.export import load, random_like, write_export
 from agglom.features import Backbone
@@ -36,17 +38,20 @@ from agglom.teachers import TinyTeacher, manifest
 
 TEACHERS = ("clip", "dino", "sam")
 COLUMNS = {"knn": "top1", "linear": "top1", "zeroshot": "top1", "segmentation": "miou", "instance": "top1"}
+WEIGHTS = {"clip": (3.0, 2.0)}  # summary, spatial; as in configs/demo.yaml
 MEMORY = {name: Memory() for name in TEACHERS}  # the teachers never change, so all runs share what they said
 
 
 def train(names: tuple[str, ...], seed: int, options: argparse.Namespace, out: Path) -> Any:
     """One student of the named teachers -> its export."""
     pl.seed_everything(seed, verbose=False)
-    encoders = {name: TinyTeacher(name) for name in names}
-    size = {"channels": [32, 64, 128, 192], "stem_width": 16, "output_stride": 8}  # the demo's student
+    bf16 = fast_bf16()
+    encoders = {name: TinyTeacher(name, dtype="bf16" if bf16 else "fp32") for name in names}
+    size = {"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}  # as in configs/demo.yaml
     module = Distiller(
         student=TimmStudent(name="resnet10t", kwargs=size),
-        teachers={name: TeacherConfig(encoder=encoder) for name, encoder in encoders.items()},
+        teachers={name: TeacherConfig(encoder, *WEIGHTS.get(name, ())) for name, encoder in encoders.items()},
+        adaptor=LinearAdaptor,
         lr=options.lr,
         warmup_steps=50,
         ema_decay=None,  # the schedule ends near 0, and one copy fewer is faster
@@ -64,6 +69,7 @@ def train(names: tuple[str, ...], seed: int, options: argparse.Namespace, out: P
     )
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision="bf16-mixed" if bf16 else "32-true",
         max_steps=options.steps,
         max_epochs=-1,
         gradient_clip_val=1.0,
@@ -154,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/complementarity"))
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2e-2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=3000, help="images the probes are fitted on")
     parser.add_argument("--test", type=int, default=1000, help="images the probes are tested on")

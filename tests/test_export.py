@@ -9,7 +9,14 @@ import timm
 import torch
 
 import agglom
-from agglom.adaptors import AttentionAdaptor, ConvAdaptor, LadderAdaptor, MLPAdaptor, OrthogonalAdaptor
+from agglom.adaptors import (
+    AttentionAdaptor,
+    ConvAdaptor,
+    LadderAdaptor,
+    LinearAdaptor,
+    MLPAdaptor,
+    OrthogonalAdaptor,
+)
 from agglom.callbacks import export_module
 from agglom.distiller import Distiller
 from agglom.errors import UserError
@@ -133,6 +140,7 @@ ADAPTORS = {
     "mlp upsampling": (MLPAdaptor, {"upsample": 2}),
     "ladder": (LadderAdaptor, {}),
     "ladder raw": (LadderAdaptor, {"raw_last": True}),
+    "linear": (LinearAdaptor, {}),
     "orthogonal": (OrthogonalAdaptor, {}),
     "attention": (AttentionAdaptor, {}),
     "conv": (ConvAdaptor, {}),

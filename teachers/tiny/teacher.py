@@ -31,7 +31,7 @@ class TinyTeacher(Teacher):
     Args:
         name: clip, dino or sam.
         pretrained: the shipped weights, or random ones (for tests and for the floor of a comparison).
-        dtype: what the network computes in, "fp32" or "bf16".
+        dtype: what the image network computes in, "fp32" or "bf16".
 
     Raises:
         UserError: no such name.
@@ -51,7 +51,8 @@ class TinyTeacher(Teacher):
         if pretrained:
             _load(network, name)
             self.source, self.licence = f"tiny:{name}", "Apache-2.0"
-        self.network = self.freeze(network, dtype=dtype)
+        self.freeze(network.vision if name == "clip" else network, dtype=dtype)  # the text tower stays in fp32
+        self.network = network
 
     @property
     def text(self) -> TextTower | None:

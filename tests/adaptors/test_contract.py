@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agglom.adaptors import AttentionAdaptor, ConvAdaptor, LadderAdaptor, MLPAdaptor, OrthogonalAdaptor
+from agglom.adaptors import (
+    AttentionAdaptor,
+    ConvAdaptor,
+    LadderAdaptor,
+    LinearAdaptor,
+    MLPAdaptor,
+    OrthogonalAdaptor,
+)
 from agglom.features import Dims, StudentFeatures, align
 
 BATCH, GRID = 2, (4, 6)
@@ -42,6 +49,7 @@ def cnn(seed=0, dtype=torch.float32):
 
 STUDENTS = {"vit": vit, "cnn": cnn}
 ADAPTORS = {
+    "linear": (LinearAdaptor, {}),
     "mlp v1": (MLPAdaptor, {}),
     "mlp v2": (MLPAdaptor, {"version": "v2", "blocks": 2, "pre_norm": True}),
     "mlp upsampling": (MLPAdaptor, {"upsample": 2}),

@@ -129,6 +129,14 @@ def test_text_tower() -> None:
     assert torch.allclose(text.encode_text(["a red bag"])[0], text.encode_text(["an red bag", "coat"])[0], atol=1e-6)
 
 
+def test_text_is_the_same_beside_a_bf16_image_network() -> None:
+    full, half = (TinyTeacher("clip", dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert torch.equal(*(teacher.text.encode_text(["a red bag"]) for teacher in (full, half)))
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    similarity = torch.cosine_similarity(full(images).summary, half(images).summary)
+    assert (similarity > 0.999).all() and not torch.equal(full(images).summary, half(images).summary)
+
+
 def test_contrast_of_equal_captions_is_classification() -> None:
     """Duplicates of a caption are no negatives: the image side is a cross-entropy over the distinct captions."""
     model = TinyClip().eval()
