@@ -47,11 +47,12 @@ class TinyTeacher(Teacher):
         self.summary_dim = {"clip": JOINT, "dino": WIDTH, "sam": None}[name]
         self.spatial_dim = WIDTH
         self.name = name
-        network = TinyClip() if name == "clip" else TinyViT()
+        clip = TinyClip() if name == "clip" else None
+        network: nn.Module = clip or TinyViT()
         if pretrained:
             _load(network, name)
             self.source, self.licence = f"tiny:{name}", "Apache-2.0"
-        self.freeze(network.vision if name == "clip" else network, dtype=dtype)  # the text tower stays in fp32
+        self.freeze(clip.vision if clip else network, dtype=dtype)  # the text tower stays in fp32
         self.network = network
 
     @property
