@@ -107,7 +107,7 @@ def read_report(folder: str | Path) -> tuple[dict[str, Any], Path]:
 def markdown(report: Mapping[str, Any], losses: Mapping[str, Series]) -> str:
     """The report in words and tables."""
     student = report["student"]
-    parts = [f"# What {_md(student)} kept", _md(_lead(report))]
+    parts = [f"# What {_md(_spoken(student))} kept", _md(_lead(report))]
     kept = report["retention"]
     if kept:
         rows = [
@@ -147,7 +147,7 @@ def render(
     report: Mapping[str, Any], losses: Mapping[str, Series], saved: Mapping[str, Mapping[str, np.ndarray]]
 ) -> str:
     """The whole HTML page."""
-    title = f"What {report['student']} kept"
+    title = f"What {_spoken(report['student'])} kept"
     parts = [
         f'<h1>{escape(title)}</h1><p class="lead">{escape(_lead(report))}</p>',
         _retention(report),
@@ -323,6 +323,11 @@ def _provenance(report: Mapping[str, Any]) -> str:
     )
 
 
+def _spoken(name: str) -> str:
+    """A model's name in a sentence: the run's own student has no name but that."""
+    return f"the {name}" if name == "student" else name
+
+
 def _lead(report: Mapping[str, Any]) -> str:
     kept, mean = report["retention"], report["retention_mean"]
     if mean is None:
@@ -330,7 +335,7 @@ def _lead(report: Mapping[str, Any]) -> str:
             f"{report['student']}, frozen, under {len(report['protocol'])} probes; there is no teacher to compare with."
         )
     return (
-        f"Over {len(kept)} probes {report['student']} keeps {_pc(mean)} % of the best teacher on the mean, with one "
+        f"Over {len(kept)} probes {_spoken(report['student'])} keeps {_pc(mean)} % of the best teacher on the mean, with one "
         f"frozen backbone in the place of {len(report['teachers'])} ({', '.join(report['teachers'])})."
     )
 

@@ -13,8 +13,20 @@ from agglom.targets.base import Normalizer
 from agglom.targets.moments import Moments, merge
 
 
+FLOOR = 0.01  # of a channel's deviation, as a share of the mean deviation
+
+
+def scale(std: Tensor, eps: float) -> Tensor:
+    """What a centred channel is divided by: its deviation, but not less than 1 % of the channels' mean, plus eps.
+
+    A channel of a ReLU network can be silent in the first batch and not in the second; divided by eps alone, one such
+    value outweighs the rest of the run.
+    """
+    return torch.maximum(std, FLOOR * std.mean()) + eps
+
+
 class Standardize(Normalizer):
-    """y -> (y - mean) / (std + eps), channel by channel.
+    """y -> (y - mean) / scale(std), channel by channel.
 
     Args:
         dim: C, channels.
@@ -102,7 +114,9 @@ class Standardize(Normalizer):
 
     def fit(self, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
         std = torch.where(moments.number > 1, moments.variance.sqrt(), torch.ones_like(moments.mean))
-        return moments.mean, 1 / (std + self.eps), std + self.eps
+        divisor = scale(std, self.eps)
+        return moments.mean, 1 / divisor, divisor
 
     def current(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.mean, 1 / (self.std + self.eps), self.std + self.eps
+        divisor = scale(self.std, self.eps)
+        return self.mean, 1 / divisor, divisor

@@ -47,6 +47,19 @@ def test_large_mean_small_deviation():
     torch.testing.assert_close(norm.std, x.std(0), rtol=0.01, atol=0)
 
 
+def test_a_channel_that_was_silent_in_the_first_batch(batches):
+    """As in ReLU networks: its first value is at most 100 mean deviations, not a million; the others don't notice."""
+    silent = batches[0].clone()
+    silent[:, 2] = 0
+    norm = Standardize(C)
+    norm.update(silent)
+    y = norm.normalize(batches[1])
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(y[:, others], ((batches[1] - silent.mean(0)) / (silent.std(0) + 1e-6))[:, others])
+    expected = batches[1][:, 2] / (0.01 * silent.std(0).mean())
+    torch.testing.assert_close(y[:, 2], expected, rtol=1e-4, atol=0)
+
+
 def test_unic_schedule_step_by_step(batches):
     """Statistics of before the step; momentum from 1 to 0.001; std, not variance, is averaged; first step raw."""
     norm = Standardize(C, total_steps=5, initial="raw")
