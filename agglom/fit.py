@@ -69,6 +69,12 @@ class FitCLI(LightningCLI):
                 f"trainer.default_root_dir: {self.root} holds a run; resume it with --ckpt_path last, start anew with "
                 f"--overwrite true, or choose another directory"
             )
+        try:  # the check has looked; a file system may still refuse
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise UserError(
+                f"trainer.default_root_dir: {self.root}: {err.strerror}; valid: a folder of yours; choose another"
+            ) from err
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config.fit
