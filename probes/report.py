@@ -335,8 +335,8 @@ def _lead(report: Mapping[str, Any]) -> str:
             f"{report['student']}, frozen, under {len(report['protocol'])} probes; there is no teacher to compare with."
         )
     return (
-        f"Over {len(kept)} probes {_spoken(report['student'])} keeps {_pc(mean)} % of the best teacher on the mean, with one "
-        f"frozen backbone in the place of {len(report['teachers'])} ({', '.join(report['teachers'])})."
+        f"Over {len(kept)} probes {_spoken(report['student'])} keeps {_pc(mean)} % of the best teacher on the mean, "
+        f"with one frozen backbone in the place of {len(report['teachers'])} ({', '.join(report['teachers'])})."
     )
 
 

@@ -12,7 +12,6 @@ from agglom.errors import UserError
 from agglom.targets.base import Normalizer
 from agglom.targets.moments import Moments, merge
 
-
 FLOOR = 0.01  # of a channel's deviation, as a share of the mean deviation
 
 
