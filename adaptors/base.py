@@ -86,6 +86,28 @@ class Adaptor(nn.Module):
         raise NotImplementedError
 
 
+class TokenAdaptor(Adaptor):
+    """Two heads that work on single tokens; `summary` and `spatial` are set by the subclass, None for what isn't given.
+
+    Attributes:
+        upsample: u, cells that `spatial` predicts along each side of one of the student's: its output is u * u times
+            as wide as the teacher.
+    """
+
+    summary: nn.Module | None
+    spatial: nn.Module | None
+    upsample: int = 1
+
+    def project(self, student: StudentFeatures) -> Features:
+        summary = spatial = None
+        if self.summary is not None:
+            summary = self.summary(student.summary[:, self.token])
+        if self.spatial is not None:
+            tokens = self.spatial(to_tokens(student.spatial))
+            spatial = to_cells(tokens, student.spatial.shape[-2:], self.upsample)
+        return Features(summary, spatial)
+
+
 def to_tokens(spatial: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H * W, C). Free for a ViT's map, which is a permuted view of its tokens."""
     return spatial.flatten(2).transpose(1, 2)

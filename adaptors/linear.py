@@ -6,11 +6,11 @@ from typing import Sequence
 
 from torch import nn
 
-from agglom.adaptors.base import Adaptor, to_map, to_tokens
-from agglom.features import Dims, Features, StudentFeatures
+from agglom.adaptors.base import TokenAdaptor
+from agglom.features import Dims
 
 
-class LinearAdaptor(Adaptor):
+class LinearAdaptor(TokenAdaptor):
     """W s + b, for summary and spatial separately.
 
     Whatever the teacher knows has to lie in the student's own features, readable without a non-linearity: what nearest
@@ -24,6 +24,9 @@ class LinearAdaptor(Adaptor):
         tap_names: not used; the head reads the student's output.
     """
 
+    summary: nn.Linear | None
+    spatial: nn.Linear | None
+
     def __init__(self, student: Dims, teacher: Dims, token: int = 0, tap_names: Sequence[str] = ()) -> None:
         super().__init__(student, teacher, token, tap_names)
 
@@ -32,14 +35,6 @@ class LinearAdaptor(Adaptor):
 
         self.summary = head(student.summary, teacher.summary)
         self.spatial = head(student.spatial, teacher.spatial)
-
-    def project(self, student: StudentFeatures) -> Features:
-        summary = spatial = None
-        if self.summary is not None:
-            summary = self.summary(student.summary[:, self.token])
-        if self.spatial is not None:
-            spatial = to_map(self.spatial(to_tokens(student.spatial)), student.spatial.shape[-2:])
-        return Features(summary, spatial)
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
         return {"summary": self.summary, "spatial": self.spatial}

@@ -6,9 +6,9 @@ from typing import Literal, Sequence
 
 from torch import Tensor, nn
 
-from agglom.adaptors.base import Adaptor, to_cells, to_tokens
+from agglom.adaptors.base import TokenAdaptor
 from agglom.errors import UserError, nearest
-from agglom.features import Dims, Features, StudentFeatures
+from agglom.features import Dims
 
 
 class MLPHead(nn.Module):
@@ -38,7 +38,7 @@ class MLPHead(nn.Module):
         return self.last(self.act(self.norm(x)))
 
 
-class MLPAdaptor(Adaptor):
+class MLPAdaptor(TokenAdaptor):
     """Separate perceptrons for summary and spatial features (AM-RADIO section 3.2; RADIOv2.5 for v2).
 
     Args:
@@ -53,6 +53,9 @@ class MLPAdaptor(Adaptor):
         pre_norm: LayerNorm and GELU before the first layer, v2 only.
         upsample: u, spatial only: the head predicts u x u cells for each of the student's.
     """
+
+    summary: MLPHead | None
+    spatial: MLPHead | None
 
     def __init__(
         self,
@@ -82,15 +85,6 @@ class MLPAdaptor(Adaptor):
         self.summary = head(student.summary, teacher.summary)
         self.spatial = head(student.spatial, teacher.spatial and teacher.spatial * upsample**2)
         self.upsample = upsample
-
-    def project(self, student: StudentFeatures) -> Features:
-        summary = spatial = None
-        if self.summary is not None:
-            summary = self.summary(student.summary[:, self.token])
-        if self.spatial is not None:
-            tokens = self.spatial(to_tokens(student.spatial))
-            spatial = to_cells(tokens, student.spatial.shape[-2:], self.upsample)
-        return Features(summary, spatial)
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
         return {

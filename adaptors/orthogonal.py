@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal
 
-from agglom.adaptors.base import Adaptor, to_map, to_tokens
+from agglom.adaptors.base import TokenAdaptor
 from agglom.errors import UserError, nearest
-from agglom.features import Dims, Features, StudentFeatures
+from agglom.features import Dims
 
 MAPS = ("matrix_exp", "cayley")
 
@@ -65,7 +65,7 @@ class OrthogonalLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class OrthogonalAdaptor(Adaptor):
+class OrthogonalAdaptor(TokenAdaptor):
     """V_kD's projection: W s with W^T W = I, for summary and spatial separately.
 
     Where the teacher is at least as wide as the student, inner products between features survive it, so the projection
@@ -80,6 +80,9 @@ class OrthogonalAdaptor(Adaptor):
         orthogonal_map: from a skew-symmetric matrix to an orthogonal one: its exponential, or Cayley's transform, which
             is cheaper. Either costs the cube of the larger width at each step.
     """
+
+    summary: OrthogonalLinear | None
+    spatial: OrthogonalLinear | None
 
     def __init__(
         self,
@@ -107,14 +110,6 @@ class OrthogonalAdaptor(Adaptor):
             return OrthogonalLinear(width, out, orthogonal_map=orthogonal_map)
 
         self.summary, self.spatial = head("summary"), head("spatial")
-
-    def project(self, student: StudentFeatures) -> Features:
-        summary = spatial = None
-        if self.summary is not None:
-            summary = self.summary(student.summary[:, self.token])
-        if self.spatial is not None:
-            spatial = to_map(self.spatial(to_tokens(student.spatial)), student.spatial.shape[-2:])
-        return Features(summary, spatial)
 
     def last_linears(self) -> dict[str, nn.Linear | nn.Conv2d | None]:
         """As plain Linears; ends the constraint (a projection into the teacher's units is not orthogonal)."""
