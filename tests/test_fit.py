@@ -1,12 +1,14 @@
 """`agglom fit` as real processes: interrupted by signals and resumed it ends where an uninterrupted run does."""
 
 import csv
+import errno
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,24 @@ def test_a_run_in_use_is_not_overwritten(runs, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert err.value.code == 2 and len(lines) == 1
     assert "holds a run" in lines[0] and "--overwrite true" in lines[0]
+
+
+def test_a_folder_that_the_file_system_refuses(scenes, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "run"
+    path = write(tmp_path / "run.yaml", config(scenes, root))
+    mkdir = Path.mkdir
+
+    def refuse(self, *args, **kwargs):
+        if self == root:
+            raise OSError(errno.EROFS, "Read-only file system")
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(SystemExit) as err:
+        main(["fit", "--config", str(path)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("agglom")]
+    assert err.value.code == 2 and len(lines) == 1
+    assert f"default_root_dir: {root}: Read-only file system; valid: a folder of yours" in lines[0]
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ def test_schema(report):
 def test_pages_need_no_model_no_network_and_escape(report):
     html = write_report(report.parent).read_text()  # the run directory will do
     text = (report / "report.md").read_text()
+    assert text.startswith("# What the student kept\n") and "probes the student keeps" in text
     for section in ("retention", "scores", "training", "maps", "examples", "masks", "skipped", "protocol"):
         assert f'id="{section}"' in html
     assert "<script" not in html and "&lt;script&gt;" in html
