@@ -131,13 +131,20 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
         ValueError: the size is free and not divisible by the stride.
     """
     size = tuple(images.shape[-2:])
-    if spec.size is not None and size != tuple(spec.size):
-        images = F.interpolate(images, spec.size, mode=spec.interpolation, antialias=True).clamp(0, 1)
-    elif spec.size is None and (size[0] % spec.stride or size[1] % spec.stride):
+    if spec.size is not None:
+        images = resize(images, spec.size, spec.interpolation)
+    elif size[0] % spec.stride or size[1] % spec.stride:
         raise ValueError(f"image size {size} is not divisible by the stride {spec.stride}")
     mean = torch.tensor(spec.mean, dtype=images.dtype).to(images.device, non_blocking=True)
     std = torch.tensor(spec.std, dtype=images.dtype).to(images.device, non_blocking=True)
     return (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+
+
+def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Pixels in [0, 1], (B, 3, H, W) -> (B, 3, *size), antialiased; the same tensor where the size is right already."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, tuple(size), mode=interpolation, antialias=True).clamp(0, 1)
 
 
 def align(spatial: Tensor, grid: tuple[int, int]) -> Tensor:

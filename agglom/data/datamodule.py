@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Sequence
 
 from lightning.pytorch import LightningDataModule
 
+from agglom.data.batches import Batches
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
 from agglom.data.samples import check_fields
 from agglom.data.streams import TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
 from agglom.errors import UserError
+from agglom.plan import Plan, Stage, slot
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ShardDataModule(LightningDataModule):
     """Batches `{"image": uint8 (B, 3, size, size), "key": list[str], ...}` from WebDataset shards.
 
     The training stream never ends: its length is set in steps (`trainer.max_steps`), and all its batches are full. A
-    resumed run goes on with an order that it has not seen, not with a repetition of its first one.
+    resumed run goes on with an order that it has not seen, not with a repetition of its first one. Training batches
+    also say which `part` of the plan they are (`agglom.plan.Part`).
 
     Args:
         data: shard folder, or an address (`s3://`, `gs://`, `https://`, `pipe:`), written by `agglom data ...`.
@@ -50,6 +53,10 @@ class ShardDataModule(LightningDataModule):
         shuffle: encoded samples that each worker keeps to draw from.
         max_bad_fraction: unreadable samples are skipped and counted; a greater part of them stops the run.
         prefetch: batches that each worker keeps ready.
+        stages: spans of steps with their own sizes and numbers of images; in a YAML they stand at the top level, as
+            `stages`. Validation keeps to `size` and `batch_size`.
+        margin: pixels that training images have around the view on each side, for crops that are shifted
+            (`model.shift`).
     """
 
     def __init__(
@@ -68,9 +75,12 @@ class ShardDataModule(LightningDataModule):
         shuffle: int = 1000,
         max_bad_fraction: float = 0.01,
         prefetch: int = 2,
+        stages: list[Stage] | None = None,
+        margin: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+        limits = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "seed": (seed, 0)}
+        for name, (value, least) in {**limits, "margin": (margin, 0)}.items():
             if value < least:
                 raise UserError(f"data.{name}: {value}; valid: {least} or more")
         self.data, self.train_split, self.val_split = data, train_split, val_split
@@ -78,6 +88,8 @@ class ShardDataModule(LightningDataModule):
         self.fields, self.val_samples = tuple(fields), val_samples
         self.seed, self.shuffle, self.max_bad_fraction = seed, shuffle, max_bad_fraction
         self.train_view, self.val_view = TrainView(size=size, **asdict(view)), EvalView(size=size)
+        self.plan = Plan(stages or (), size=size, batch_size=batch_size, seed=seed)
+        self.margin = margin
         self.index: Index | None = None
         self._stream: TrainStream | None = None
         self._samples_before = 0  # when the batches were this many:
@@ -101,7 +113,7 @@ class ShardDataModule(LightningDataModule):
             check_fields(self.index, self.val_split, self.fields)
 
     def train_dataloader(self) -> Loader:
-        """Endless, shuffled, full batches."""
+        """Endless, shuffled, full batches, each as the plan wants it."""
         self._stream = train_stream(
             self._index(),
             self.train_split,
@@ -113,8 +125,7 @@ class ShardDataModule(LightningDataModule):
             start=self.samples_seen,
         )
         return Loader(
-            self._stream,
-            batch_size=self.batch_size,
+            Batches(self._stream, self.plan, micros=self.micros, first=self._batches(), margin=self.margin),
             num_workers=self.num_workers,
             prefetch=self.prefetch,
             pin_memory=self._accelerated(),
@@ -142,10 +153,29 @@ class ShardDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     @property
+    def micros(self) -> int:
+        """Batches of an optimiser step, 1 without a trainer."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
     def samples_seen(self) -> int:
         """Samples that training has consumed, over all ranks and resumed runs."""
-        batches = self._batches() - self._batches_before
-        return self._samples_before + batches * self.batch_size * self.world_size
+        return self._samples_before + self._samples(self._batches_before, self._batches())
+
+    def _samples(self, first: int, end: int) -> int:
+        """Samples of the batches `first` up to `end`, over all ranks."""
+        total, ranks = 0, self.world_size
+        while first < end:
+            step, micro = divmod(first, self.micros)
+            stage = self.plan.stage_at(step)
+            # the numbers are the same in all steps of a stage, so whole steps are counted at once
+            later = self.plan.starts[stage + 1] if stage + 1 < len(self.plan.starts) else -(-end // self.micros)
+            whole = min(later, end // self.micros) - step if micro == 0 else 0
+            micros = range(self.micros) if whole > 0 else [micro]
+            images = sum(self.plan.part(step, slot(m, r, ranks)).batch_size for m in micros for r in range(ranks))
+            total += images * max(whole, 1)
+            first += self.micros * whole if whole > 0 else 1
+        return total
 
     @property
     def bad_samples(self) -> int:

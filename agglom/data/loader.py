@@ -9,6 +9,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from agglom.data.batches import Batches
 from agglom.data.index import Index
 from agglom.data.samples import collate
 from agglom.data.streams import Stream, TrainStream, eval_stream
@@ -23,22 +24,26 @@ class _Failure(NamedTuple):
 
 
 class _Carried(IterableDataset):
-    """A stream whose user errors come as samples: raised in a worker they would arrive as a page of traceback."""
+    """A source whose user errors come as items: raised in a worker they would arrive as a page of traceback."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, source: Stream | Batches) -> None:
         super().__init__()
-        self.stream = stream
+        self.source = source
 
     def __iter__(self) -> Iterator[Any]:
         try:
-            yield from self.stream
+            yield from self.source
         except UserError as err:
-            yield from repeat(_Failure(str(err)))  # for ever: an incomplete last batch may be dropped
+            yield from repeat(_Failure(str(err)))  # for ever: whichever worker is asked has an answer
 
 
 def _collate(samples: Sequence[Any]) -> Mapping[str, Any] | _Failure:
     failure = next((sample for sample in samples if isinstance(sample, _Failure)), None)
     return failure or collate(samples)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -51,38 +56,46 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 class Loader(DataLoader):
-    """Batches of a stream, assembled in the workers.
+    """Batches of an evaluation stream (the last may be smaller) or of a plan's training stream, made in the workers.
 
     Args:
-        stream: a training stream (full batches only) or an evaluation stream (the rest too).
-        batch_size: samples a batch (per rank).
+        source: samples, or batches already.
+        batch_size: samples a batch (per rank); None for `Batches`, whose plan says it.
         num_workers: processes that read and decode (per rank); 0 reads in this process.
         prefetch: batches that each worker keeps ready.
         pin_memory: page-locked batches, for a faster copy to an accelerator.
     """
 
     def __init__(
-        self, stream: Stream, *, batch_size: int, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False
+        self,
+        source: Stream | Batches,
+        *,
+        batch_size: int | None = None,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         super().__init__(
-            _Carried(stream),
+            _Carried(source),
             batch_size=batch_size,
             num_workers=num_workers,
             prefetch_factor=prefetch if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            drop_last=isinstance(stream, TrainStream),
-            collate_fn=_collate,
+            drop_last=isinstance(source, TrainStream),
+            collate_fn=_as_it_is if batch_size is None else _collate,
             worker_init_fn=_leave_signals_to_the_trainer,
         )
-        self.stream = stream
+        self.source = source
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        if isinstance(self.stream, TrainStream):
-            self.stream.begin()
+        if isinstance(self.source, (TrainStream, Batches)):
+            self.source.begin()
         for batch in super().__iter__():
             if isinstance(batch, _Failure):
                 break
+            if isinstance(self.source, Batches):
+                self.source.handed_out()
             yield batch
         else:
             return

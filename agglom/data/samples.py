@@ -38,13 +38,14 @@ def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, An
         fields: any of image, cls, txt, seg, boxes.
 
     Returns:
-        `key` str, `image` uint8 (3, H, W) RGB, `cls` int, `txt` str, `seg` uint8 (H, W), `boxes` list of dicts.
+        `key` str, `shard` str (the shard's file name), `image` uint8 (3, H, W) RGB, `cls` int, `txt` str, `seg` uint8
+        (H, W), `boxes` list of dicts.
 
     Raises:
         UserError: a field is missing.
         Exception: whatever the decoder of broken bytes raises.
     """
-    sample: dict[str, Any] = {"key": raw["__key__"]}
+    sample: dict[str, Any] = {"key": raw["__key__"], "shard": raw["__url__"].rpartition("/")[2]}
     for name in fields:
         extension = next((ext for ext in EXTENSIONS[name] if ext in raw), None)
         if extension is None:
@@ -96,7 +97,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples of one set of fields -> a batch.
 
     Returns:
-        `key` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and `seg` uint8
+        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and `seg` uint8
         (B, H, W) where all have one size, else lists of tensors.
     """
     batch: dict[str, Any] = {}

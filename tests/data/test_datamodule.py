@@ -67,7 +67,8 @@ def test_validation_may_be_shorter_or_absent(root):
 def test_only_the_fields_asked_for(root):
     data = module(root)
     data.setup("fit")
-    assert set(next(iter(data.train_dataloader()))) == {"key", "image"}
+    assert set(next(iter(data.train_dataloader()))) == {"key", "shard", "image", "part"}
+    assert set(next(iter(data.val_dataloader()))) == {"key", "shard", "image"}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_bad_samples_are_counted(root, caplog):
 def test_the_stream_can_be_sent_to_spawned_workers(root):
     data = module(root)
     data.setup("fit")
-    stream = data.train_dataloader().stream
+    stream = data.train_dataloader().source.stream
     copy = pickle.loads(ForkingPickler.dumps(stream))
     first = [sample["key"] for sample in itertools.islice(stream, 12)]
     copy._round.zero_()  # shared memory: the first stream's beginning counted for both

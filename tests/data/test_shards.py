@@ -116,7 +116,7 @@ def test_round_trip_of_every_field(tmp_path):
     assert torch.equal(read["seg"], torch.from_numpy(seg))
     assert (read["key"], read["cls"], read["txt"], read["boxes"]) == ("000000012", 3, sample["txt"], boxes)
     (only,) = eval_stream(tmp_path / "deep", "val", fields=["cls"])
-    assert only == {"key": "000000012", "cls": 3}
+    assert only == {"key": "000000012", "shard": "val-000000.tar", "cls": 3}
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpg"])
@@ -514,7 +514,7 @@ def test_counts_and_errors_come_back_from_workers(tmp_path):
     rewrite(tmp_path / "train-000000.tar", spoil_image(50))
     loader = eval_loader(tmp_path, "train", fields=["image"], batch_size=10, num_workers=2)
     assert sum(len(batch["key"]) for batch in loader) == 199
-    assert (loader.stream.seen, loader.stream.bad) == (200, 1)
+    assert (loader.source.seen, loader.source.bad) == (200, 1)
     rewrite(tmp_path / "train-000000.tar", lambda name, data: b"rubbish" if name.endswith("png") else data)
     with pytest.raises(UserError) as err:
         list(loader)
