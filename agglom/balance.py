@@ -18,7 +18,13 @@ from agglom.targets.moments import Statistics, accumulator, sum_over_ranks
 
 
 class Balance(nn.Module):
-    """Weights of every teacher for every image. A subclass implements `weigh`."""
+    """Weights of every teacher for every image. A subclass implements `weigh`.
+
+    Attributes:
+        shares: whether the weights of an image sum to 1 over its valid teachers, so that fewer of them weigh more each.
+    """
+
+    shares: bool = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +111,7 @@ class Manual(Balance):
         if not weights or min(weights) < 0:
             raise UserError(f"weights {weights}; valid: one number >= 0 a teacher")
         self.weights = list(weights)
-        self.normalize = normalize
+        self.normalize = self.shares = normalize
 
     def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
         _one_each("weights", len(self.weights), losses)
@@ -144,6 +150,11 @@ class AdaLoss(Balance, Statistics):
         self.register_buffer("average", torch.zeros(0, dtype=torch.float64))  # (T,) from the first step on
         self.register_buffer("seen", torch.zeros(0, dtype=torch.float64))  # (T,) steps that had a valid image
 
+    def reset(self) -> None:
+        self.average.zero_()
+        self.seen.zero_()
+        self._reset_steps()
+
     def weigh(self, losses: Tensor, valid: Tensor, own: Tensor | None) -> Tensor:
         wide = accumulator(losses.device)
         for name in self.lazy:
@@ -173,6 +184,8 @@ class Uncertainty(Balance):
     Raises:
         UserError: teachers below 1; at the first step, if there are more or fewer.
     """
+
+    shares = False
 
     def __init__(self, *, teachers: int) -> None:
         super().__init__()

@@ -278,7 +278,7 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
         if encoder.input.size is None and isinstance(size, int) and size % encoder.input.stride:
             stride = encoder.input.stride
             yield f"model.teachers.{name}: data.size {size} is not divisible by its stride {stride}; set input_size"
-        weights = {
+        weights: dict[str, Any] = {
             k: entry.get(k) for k in ("summary_weight", "spatial_weight") if isinstance(entry.get(k), (int, float))
         }
         config = TeacherConfig(encoder=encoder, **weights)

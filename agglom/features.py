@@ -117,6 +117,11 @@ class Backbone(Protocol):
         ...
 
 
+def sides(x: Tensor) -> tuple[int, int]:
+    """(height, width) of images or maps (B, C, H, W)."""
+    return x.shape[-2], x.shape[-1]
+
+
 def prepare(images: Tensor, spec: InputSpec) -> Tensor:
     """Pixels in [0, 1] -> what the model with this contract wants.
 
@@ -130,7 +135,7 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
     Raises:
         ValueError: the size is free and not divisible by the stride.
     """
-    size = tuple(images.shape[-2:])
+    size = sides(images)
     if spec.size is not None:
         images = resize(images, spec.size, spec.interpolation)
     elif size[0] % spec.stride or size[1] % spec.stride:
@@ -142,7 +147,7 @@ def prepare(images: Tensor, spec: InputSpec) -> Tensor:
 
 def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """Pixels in [0, 1], (B, 3, H, W) -> (B, 3, *size), antialiased; the same tensor where the size is right already."""
-    if tuple(images.shape[-2:]) == tuple(size):
+    if sides(images) == tuple(size):
         return images
     return F.interpolate(images, tuple(size), mode=interpolation, antialias=True).clamp(0, 1)
 
@@ -153,7 +158,7 @@ def align(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
     A head runs at the student's own grid and only its output is aligned; the other order is not equivalent
     (AM-RADIO, section 3.3).
     """
-    here = tuple(spatial.shape[-2:])
+    here = sides(spatial)
     if here == tuple(grid):
         return spatial
     shrinks = grid[0] < here[0] or grid[1] < here[1]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Literal, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from agglom.adaptors import Adaptor
-from agglom.features import Dims, Features, StudentFeatures
+from agglom.features import Dims, Features, StudentFeatures, align, sides
 from agglom.objectives import Loss
+from agglom.shifts import move
 from agglom.targets import Normalizer
+from agglom.targets.moments import Statistics
 from agglom.teachers import Teacher
 
 AdaptorFactory = Callable[[Dims, Dims, int, Sequence[str]], Adaptor]
 NormalizerFactory = Callable[[int], Normalizer]
 LossFactory = Callable[[], Loss]
+Align = Literal["teacher", "larger"]
 
 
 @dataclass
@@ -31,6 +34,12 @@ class TeacherConfig:
         normalizer: class of the normaliser of its targets and its options.
         summary_loss: class of the summary loss and its options.
         spatial_loss: class of the spatial loss and its options.
+        align: on whose grid prediction and target are compared: the "teacher"'s, or the "larger" of the two (AM-RADIO).
+            A target is never made smaller.
+        mosaic: show a teacher of fixed size several images on one canvas where they fit at the student's resolution;
+            for teachers without a summary loss (SAM).
+        own_data: names of the shards that hold this teacher's own data, with * and ?; for `TeacherDropping` with
+            `own_data`.
     """
 
     encoder: Teacher
@@ -40,6 +49,9 @@ class TeacherConfig:
     normalizer: NormalizerFactory | None = None
     summary_loss: LossFactory | None = None
     spatial_loss: LossFactory | None = None
+    align: Align = "teacher"
+    mosaic: bool = False
+    own_data: list[str] | None = None
 
 
 class Head(nn.Module):
@@ -60,8 +72,10 @@ class Head(nn.Module):
         adaptor: AdaptorFactory,
         normalizer: NormalizerFactory,
         losses: dict[str, LossFactory],
+        align: Align = "teacher",
     ) -> None:
         super().__init__()
+        self.align = align
         widths = {kind: getattr(teacher, kind) for kind, weight in weights.items() if weight > 0}
         self.weights = {kind: weights[kind] for kind in widths}
         used = Dims(widths.get("summary"), widths.get("spatial"))
@@ -86,12 +100,57 @@ class Head(nn.Module):
             out[kind] = target
         return Features(**out)
 
-    def forward(self, student: StudentFeatures, target: Features) -> dict[str, Tensor]:
-        """Unweighted losses, "summary" and "spatial" as far as they are trained: each (B,), fp32."""
-        grid = None if target.spatial is None else tuple(target.spatial.shape[-2:])
-        prediction = self.adaptor(student, grid)
-        return {kind: loss(getattr(prediction, kind), getattr(target, kind)) for kind, loss in self.losses.items()}
+    def forward(self, student: StudentFeatures, target: Features, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """Unweighted losses, "summary" and "spatial" as far as they are trained: each (B,), fp32.
+
+        Args:
+            student: its features.
+            target: normalised.
+            shift: (B, 2) int64, cells of the student's grid by which the target's frame lies further down and right
+                than the student's; only the overlap counts for the spatial loss. None: they see the same view.
+        """
+        prediction = self.adaptor.project(student)
+        losses = {}
+        if "summary" in self.losses:
+            losses["summary"] = self.losses["summary"](prediction.summary, target.summary)
+        if "spatial" in self.losses:
+            assert prediction.spatial is not None and target.spatial is not None
+            ours, theirs, mask = meet(prediction.spatial, target.spatial, self.align, shift, sides(student.spatial))
+            losses["spatial"] = self.losses["spatial"](ours, theirs, mask)
+        return losses
+
+    def reset(self) -> None:
+        """Forget the statistics of normalisers and losses, as at the start of a stage."""
+        for module in (*self.normalizers.values(), *self.losses.values()):
+            if isinstance(module, Statistics):
+                module.reset()
 
     def combine(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum over kinds: (B,)."""
         return torch.stack([self.weights[kind] * loss for kind, loss in losses.items()]).sum(0)
+
+
+def meet(
+    prediction: Tensor, target: Tensor, rule: Align, shift: Tensor | None, native: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring a prediction and its target onto one grid and into one frame.
+
+    Args:
+        prediction: (B, C, H, W), at the student's grid or a whole multiple of it.
+        target: (B, C, H', W').
+        rule: see `TeacherConfig.align`.
+        shift: see `Head.forward`.
+        native: the student's grid, which `shift` counts in.
+
+    Returns:
+        prediction and target on one grid, and which cells both frames hold: (B, H'', W'') bool, None for all.
+    """
+    mask = None
+    if shift is not None:
+        prediction, mask = move(prediction, shift * (prediction.shape[-1] // native[1]))
+    ours, theirs = sides(prediction), sides(target)
+    grid = theirs if rule == "teacher" else (max(ours[0], theirs[0]), max(ours[1], theirs[1]))
+    if mask is not None and grid != ours:
+        # a cell counts only if nothing from outside the overlap has been mixed into it
+        mask = align(mask[:, None].float(), grid)[:, 0] > 1 - 1e-4
+    return align(prediction, grid), align(target, grid), mask

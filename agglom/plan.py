@@ -8,7 +8,7 @@ the data workers, the training module and a resumed run agree without talking to
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Iterator, NamedTuple, Sequence
 
 from agglom.errors import UserError, nearest
@@ -65,10 +65,9 @@ class Stage:
     def parts(self) -> list[Partition]:
         """Its partitions with the stage's values filled in; at least one."""
         own = Partition(self.teachers, self.resolutions, self.size, self.batch_size)
+        names = [field.name for field in fields(Partition)]
         return [
-            Partition(
-                *(mine if mine is not None else its for mine, its in zip(_values(part), _values(own), strict=True))
-            )
+            replace(own, **{name: value for name in names if (value := getattr(part, name)) is not None})
             for part in self.partitions
         ] or [own]
 
@@ -133,6 +132,11 @@ class Plan:
         """The teachers of a partition, in the order of `names`."""
         chosen = self.parts[stage][partition].teachers
         return list(names) if chosen is None else [name for name in names if name in chosen]
+
+    def present(self, stage: int, names: Sequence[str]) -> list[str]:
+        """The teachers of a stage, over all its partitions, in the order of `names`."""
+        parts = [self.teachers(stage, index, names) for index in range(len(self.parts[stage]))]
+        return [name for name in names if any(name in part for part in parts)]
 
     def scales(self, stage: int, partition: int, slots: int, names: Sequence[str]) -> list[float]:
         """For each teacher, what its mean loss over a slot's images is multiplied by; 0 for teachers not in there.
@@ -229,7 +233,3 @@ def _part_problems(key: str, part: Partition, teachers: Sequence[str]) -> Iterat
         for value in values:
             if value is not None and value <= 0:
                 yield f"{key}.{name}: {value}; valid: > 0; change it"
-
-
-def _values(part: Partition) -> tuple[list[str] | None, list[int] | None, int | None, int | None]:
-    return part.teachers, part.resolutions, part.size, part.batch_size

@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "wsd", "constant"]
 
 
-def multiplier(step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int, final: float) -> float:
+def multiplier(
+    step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int, final: float, decay_fraction: float = 0.2
+) -> float:
     """Learning rate at `step` as a share of the peak.
 
-    Linear warm-up over `warmup_steps`, then `constant`, or a half cosine down to `final` at `total_steps`.
+    Linear warm-up over `warmup_steps`, then
+
+    * "constant": 1;
+    * "cosine": a half cosine down to `final` at `total_steps`;
+    * "wsd" (warm-up, stable, decay; Hu et al., MiniCPM, 2404.06395): 1, and over the last `decay_fraction` of
+      `total_steps` a straight line down to `final`.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
         return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    begin = warmup_steps if schedule == "cosine" else max(warmup_steps, round((1 - decay_fraction) * total_steps))
+    progress = min(1.0, max(0.0, (step - begin) / max(1, total_steps - begin)))
+    return final + (1 - final) * (0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress)

@@ -1,4 +1,4 @@
-"""Shifted crops: student and every teacher see their own crop of an image, whole patches apart (C-RADIOv4, section 2.3).
+"""Shifted crops: student and every teacher see their own crop of an image, whole patches apart (C-RADIOv4, 2.3).
 
 What a teacher always does at the same place (its positional artefacts, SAM's window borders) lands on another cell of
 the student at every step, so it can't be predicted and is not learnt; what belongs to the image moves along.

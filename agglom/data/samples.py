@@ -97,8 +97,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples of one set of fields -> a batch.
 
     Returns:
-        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and `seg` uint8
-        (B, H, W) where all have one size, else lists of tensors.
+        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and
+        `seg` uint8 (B, H, W) where all have one size, else lists of tensors.
     """
     batch: dict[str, Any] = {}
     for name in samples[0]:

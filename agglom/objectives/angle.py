@@ -88,3 +88,8 @@ class AngleBalanced(Loss, Statistics):
         (spread,) = sum_over_ranks(squared.sum().to(wide), group=self.group)
         self.spread.add_(open_ * spread)
         self._count_step()
+
+    def reset(self) -> None:
+        for buffer in (self.count, self.total, self.spread):
+            buffer.zero_()
+        self._reset_steps()

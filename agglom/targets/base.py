@@ -60,10 +60,6 @@ class Normalizer(Statistics):
         """
         raise NotImplementedError
 
-    def reset(self) -> None:
-        """Forget everything, as at the start of a stage."""
-        raise NotImplementedError
-
     @property
     def frozen(self) -> bool:
         """Whether `update` has no further effect."""

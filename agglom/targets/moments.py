@@ -140,6 +140,10 @@ class Statistics(nn.Module):
         self.steps.add_(1)
         self._taken += 1
 
+    def reset(self) -> None:
+        """Forget everything, as at the start of a stage."""
+        raise NotImplementedError
+
     def _reset_steps(self) -> None:
         self.steps.zero_()
         self._taken = 0

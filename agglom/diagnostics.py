@@ -1,0 +1,64 @@
+"""What a run says about itself: who pulls at the student, and how many directions its features use."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from agglom.features import StudentFeatures
+from agglom.targets.moments import accumulator, no_autocast, sum_over_ranks
+
+
+def gradient_shares(terms: Sequence[Tensor], student: StudentFeatures) -> Tensor:
+    """Norm of each term's gradient at the student's features, as a share of the sum of norms.
+
+    At the features, not at the weights: the trunk below is the same for all terms, and a backward pass through the
+    heads is all it costs. The graph is kept.
+
+    Args:
+        terms: T scalars; one without a graph counts as 0.
+        student: what the terms were computed from: summary, map and taps.
+
+    Returns:
+        (T,) float32 without gradient; 0 where there is no gradient at all.
+    """
+    features = [x for x in (student.summary, student.spatial, *(x for pair in student.taps.values() for x in pair))]
+    features = [x for x in features if x.requires_grad]
+    norms = []
+    for term in terms:
+        found = torch.autograd.grad(term, features, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+        squares = [grad.float().square().sum() for grad in found if grad is not None]
+        norms.append(torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device))
+    stacked = torch.stack(norms)
+    return stacked / stacked.sum().clamp(min=1e-30)
+
+
+class RankMe:
+    """Effective rank of features: exp of the entropy of their normalised singular values.
+
+    Source: Garrido et al., "RankMe", 2210.02885, equation 1. From the Gram matrix of all rows seen, summed over ranks,
+    so nothing but a (D, D) matrix is kept; singular values are the roots of its eigenvalues.
+    """
+
+    def __init__(self) -> None:
+        self._gram: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """rows (..., D)."""
+        flat = rows.detach().flatten(0, -2).float()
+        with no_autocast(flat.device):
+            gram = (flat.T @ flat).to(accumulator(flat.device))
+        self._gram = gram if self._gram is None else self._gram + gram
+
+    def compute(self, eps: float = 1e-7) -> float:
+        """From 1 to D, of all rows since the last call; all ranks call it together. 0 if there were none."""
+        if self._gram is None:
+            return 0.0
+        (gram,) = sum_over_ranks(self._gram)
+        self._gram = None
+        values = torch.linalg.eigvalsh(gram.cpu().double()).clamp(min=0).sqrt()
+        shares = values / values.sum().clamp(min=eps) + eps
+        return float((-(shares * shares.log()).sum()).exp())
