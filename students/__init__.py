@@ -4,6 +4,7 @@ if __name__ == "students":
     raise ImportError("import agglom.students, not students: this folder is part of the agglom package")
 
 from agglom.students.base import Student
+from agglom.students.spectral import fold_spectral
 from agglom.students.timm import TimmStudent, attend_plainly
 
-__all__ = ["Student", "TimmStudent", "attend_plainly"]
+__all__ = ["Student", "TimmStudent", "attend_plainly", "fold_spectral"]

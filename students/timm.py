@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from agglom.errors import UserError, nearest
 from agglom.features import Dims, InputSpec, StudentFeatures, prepare
 
 from .base import Student
+from .positions import crop_positions
+from .spectral import iterate_spectral, reparametrize
 
 
 class TimmStudent(Student):
@@ -32,9 +35,18 @@ class TimmStudent(Student):
         mean: per-channel mean on the [0, 1] scale; default is the model's own.
         std: per-channel standard deviation; default is the model's own.
         grad_checkpointing: recompute activations in the backward pass.
+        cropped_positions: while training, each sample's patches get a random window of the learned position grid,
+            sampled at the sample's own size, and one sample in ten gets no patch positions: the student learns to
+            work at any size and relies less on positions (CPE: RO-ViT, arXiv:2305.07011, as AM-RADIO has it,
+            arXiv:2312.06709). ViTs with learned absolute positions; set `img_size` to the largest size to support,
+            `dynamic_img_size` is switched on. Evaluation and export use timm's own resize of the whole grid.
+        spectral_reparam: every linear layer in the blocks learns its largest singular value as a parameter of its own,
+            which keeps attention from collapsing in long trainings of large ViTs (arXiv:2303.06296, in RADIO's form);
+            exports hold plain weights. Meant with a weight decay of about 0.02.
 
     Raises:
-        UserError: unknown name, more than one summary token on a CNN, a model that timm cannot build or load.
+        UserError: unknown name, more than one summary token on a CNN, a model that timm cannot build or load, or one
+            that `cropped_positions` or `spectral_reparam` has no meaning for.
     """
 
     def __init__(
@@ -49,18 +61,27 @@ class TimmStudent(Student):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         grad_checkpointing: bool = False,
+        cropped_positions: bool = False,
+        spectral_reparam: bool = False,
     ) -> None:
         super().__init__()
         options = dict(kwargs or {})
         prefix = summary_tokens - 1 + registers
         if prefix:
             options.setdefault("reg_tokens", prefix)
+        if cropped_positions and _takes_registers(name):  # others don't know the option and are refused below
+            options.setdefault("dynamic_img_size", True)
         self.name, self.options = name, options
         if prefix and not _takes_registers(name):
             raise UserError(
                 f"student.summary_tokens: {summary_tokens}; valid for the CNN {name}: 1 (its pooled features)"
             )
         self.backbone = _build(name, pretrained=pretrained, checkpoint=checkpoint, options=options)
+        if cropped_positions:
+            crop_positions(self.backbone, name)
+        if spectral_reparam:
+            reparametrize(self.backbone, name)
+        self.spectral_reparam = spectral_reparam
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)
         self.tokens, self.registers = summary_tokens, registers
@@ -107,6 +128,8 @@ class TimmStudent(Student):
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> StudentFeatures:
         """images (B, 3, H, W) in [0, 1] -> StudentFeatures; `taps` are names from `tap_names`."""
+        if self.spectral_reparam and self.training and torch.is_grad_enabled():
+            iterate_spectral(self.backbone)  # here, once a pass: checkpointed blocks run twice
         pixels = prepare(images, self.input)
         indices = [self.tap_names.index(tap) for tap in taps]
         return self._vit(pixels, taps, indices) if self.is_vit else self._cnn(pixels, taps, indices)
