@@ -16,6 +16,8 @@ from typing import Any, Iterator
 import yaml
 
 from agglom.errors import UserError, brief, nearest
+from agglom.plan import Partition, Stage
+from agglom.plan import problems as plan_problems
 from agglom.schema import find_class, problems, signature_problems
 
 
@@ -26,7 +28,13 @@ class Invalid(UserError):
         super().__init__("\n".join(lines))
 
 
-_EXTRA = {"seed_everything": bool | int, "ckpt_path": str | None, "overwrite": bool, "checkpoint_every": int}
+_EXTRA = {
+    "seed_everything": bool | int,
+    "ckpt_path": str | None,
+    "overwrite": bool,
+    "checkpoint_every": int,
+    "stages": list[Stage] | None,
+}
 
 
 def check_file(path: str | Path) -> list[str]:
@@ -128,7 +136,11 @@ def _structure(config: dict[str, Any]) -> Iterator[str]:
     sections = {"model": Distiller, "data": ShardDataModule, "trainer": Trainer}
     for key, value in config.items():
         if key in sections:
-            yield from signature_problems(key, {} if value is None else value, sections[key])
+            value = {} if value is None else value
+            if isinstance(value, dict) and value.get("stages") is not None:
+                yield f"{key}.stages: stands at the top level of the file; valid: stages; move it there"
+                value = {name: item for name, item in value.items() if name != "stages"}
+            yield from signature_problems(key, value, sections[key])
         elif key in _EXTRA:
             yield from problems(key, value, _EXTRA[key])
         else:
@@ -145,7 +157,54 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     yield from _output(trainer)
     yield from _memory(model, data)
     yield from _shards(data, trainer)
-    yield from _models(model, data)
+    stages = _read_stages(config.get("stages"))
+    yield from _plan(stages, model, data, trainer)
+    yield from _models(model, data, stages)
+
+
+def _read_stages(value: Any) -> list[Stage]:
+    """The stages as the run will have them; none where their structure is broken, which has been said."""
+    if not isinstance(value, list) or list(problems("stages", value, list[Stage])):
+        return []
+    return [
+        Stage(**{**item, "partitions": [Partition(**part) for part in item.get("partitions") or ()]}) for item in value
+    ]
+
+
+def _plan(stages: list[Stage], model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
+    """What stages say by themselves, and what they ask of trainer and data."""
+    if not stages:
+        return
+    teachers, steps = list(_section(model, "teachers")), trainer.get("max_steps")
+    yield from plan_problems(
+        stages, max_steps=steps if isinstance(steps, int) and steps > 0 else None, teachers=teachers
+    )
+    ranks, micros = _world(trainer), trainer.get("accumulate_grad_batches", 1)
+    for index, stage in enumerate(stages):
+        parts, slots = len(stage.parts()), ranks * (micros if isinstance(micros, int) else 1)
+        if slots % parts:
+            yield (
+                f"stages.{index}.partitions: {parts} of them, but a step has {slots} micro-batches ({ranks} ranks x "
+                f"accumulate_grad_batches {micros}); valid: a multiple of {parts}; set trainer.accumulate_grad_batches"
+            )
+    apart = any(part.teachers is not None for stage in stages for part in stage.parts())
+    if (
+        ranks > 1
+        and (apart or any(stage.freeze_steps for stage in stages))
+        and "find_unused" not in str(trainer.get("strategy"))
+    ):
+        yield (
+            f"trainer.strategy: {trainer.get('strategy', 'auto')}; valid: ddp_find_unused_parameters_true, since some "
+            f"parameters have no gradient in some stages or on some ranks; set it"
+        )
+    if model.get("remember_teachers") is True:
+        yield "model.remember_teachers: true; valid: false, since stages change the views; remove the key"
+
+
+def _world(trainer: dict[str, Any]) -> int:
+    """Ranks, as far as the configuration says."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * (nodes if isinstance(nodes, int) else 1)
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -234,15 +293,13 @@ def _shards(data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
             at_fault = key if split not in index.splits else "fields"
             yield f"data.{at_fault}: {str(err).removeprefix('fields: ')}; change data.{at_fault}"
             return
-    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
-    world = (devices if isinstance(devices, int) and devices > 0 else 1) * (nodes if isinstance(nodes, int) else 1)
-    workers = data.get("num_workers", 1)
+    world, workers = _world(trainer), data.get("num_workers", 1)
     if isinstance(workers, int) and workers >= 0:
         yield from validate_layout(index, data.get("train_split", "train"), num_workers=workers, world_size=world)
 
 
-def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
-    """Shapes of student and teachers on the meta device: divisibility, missing summaries, summary tokens."""
+def _models(model: dict[str, Any], data: dict[str, Any], stages: list[Stage]) -> Iterator[str]:
+    """Shapes of student and teachers on the meta device: divisibility, missing summaries, tokens, taps, mosaics."""
     from torch import nn
 
     from agglom.distiller import summary_tokens, teacher_weights
@@ -252,17 +309,11 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
 
     student, lines = _on_meta(model.get("student"), Student)
     yield from (f"model.student: {line}" if not line.startswith("student") else f"model.{line}" for line in lines)
-    size = data.get("size")
-    if student is not None and isinstance(size, int):
-        fixed = student.input.size
-        if fixed is not None and fixed != (size, size):
-            yield f"data.size: {size}; valid: {fixed[0]}, the student's fixed size; change it or the student's img_size"
-        elif size % student.input.stride:
-            below = size - size % student.input.stride
-            yield (
-                f"data.size: {size} is not divisible by the student's stride {student.input.stride}; "
-                f"valid: multiples of it, such as {max(below, student.input.stride)}; change it"
-            )
+    resolutions = list(_resolutions(data, stages))
+    if student is not None:
+        for key, pixels in resolutions:
+            yield from _fits(student, key, pixels)
+        yield from _margin(student, model, data)
     configs: dict[str, Any] = {}
     entries = model.get("teachers")
     for name, entry in (entries if isinstance(entries, dict) else {}).items():
@@ -275,23 +326,149 @@ def _models(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
         yield from (f"model.teachers.{name}.encoder: {line}" for line in lines)
         if encoder is None:
             continue
-        if encoder.input.size is None and isinstance(size, int) and size % encoder.input.stride:
-            stride = encoder.input.stride
-            yield f"model.teachers.{name}: data.size {size} is not divisible by its stride {stride}; set input_size"
         weights: dict[str, Any] = {
             k: entry.get(k) for k in ("summary_weight", "spatial_weight") if isinstance(entry.get(k), (int, float))
         }
         config = TeacherConfig(encoder=encoder, **weights)
         try:
-            teacher_weights(name, config)
+            used = teacher_weights(name, config)
             configs[name] = config
         except UserError as err:
             yield str(err)
-    if student is not None and configs and isinstance(entries, dict) and len(configs) == len(entries):
-        try:
-            summary_tokens(student, configs)
-        except UserError as err:
-            yield str(err)
+            continue
+        if entry.get("mosaic") is True:
+            yield from _mosaic(name, encoder, used, [pixels for _, pixels in resolutions])
+        if student is not None:
+            yield from _adaptor(name, entry.get("adaptor") or model.get("adaptor"), student, encoder, used)
+    if configs and isinstance(entries, dict) and len(configs) == len(entries):
+        if student is not None:
+            try:
+                summary_tokens(student, configs)
+            except UserError as err:
+                yield str(err)
+        yield from _balance(model.get("balance"), entries, data)
+
+
+def _resolutions(data: dict[str, Any], stages: list[Stage]) -> Iterator[tuple[str, int]]:
+    """(key, pixels) of every resolution that the student will see, validation's first."""
+    size = data.get("size")
+    if not isinstance(size, int):
+        return
+    yield "data.size", size
+    for index, stage in enumerate(stages):
+        for number, part in enumerate(stage.parts()):
+            own = stage.partitions[number] if stage.partitions else None
+            key = f"stages.{index}"
+            if own is not None and (own.resolutions is not None or own.size is not None):
+                key += f".partitions.{number}"
+            chosen = part.resolutions or ([part.size] if part.size else [])
+            yield from ((f"{key}.{'resolutions' if part.resolutions else 'size'}", pixels) for pixels in chosen)
+
+
+def _fits(student: Any, key: str, pixels: int) -> Iterator[str]:
+    fixed, stride = student.input.size, student.input.stride
+    if fixed is not None and fixed != (pixels, pixels):
+        fix = "change it or the student's img_size"
+        if key != "data.size":
+            fix = "change it, or set the student's kwargs.dynamic_img_size: true"
+        yield f"{key}: {pixels}; valid: {fixed[0]}, the student's fixed size; {fix}"
+    elif pixels % stride:
+        below = pixels - pixels % stride
+        yield (
+            f"{key}: {pixels} is not divisible by the student's stride {stride}; "
+            f"valid: multiples of it, such as {max(below, stride)}; change it"
+        )
+
+
+def _margin(student: Any, model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+    """Shifted crops need exactly their margin around the images, and nobody else needs one."""
+    shift, margin = model.get("shift"), data.get("margin", 0)
+    wanted = 0
+    if isinstance(shift, dict):
+        std, limit = shift.get("std", 0.5), shift.get("limit", 2)
+        if isinstance(std, (int, float)) and std <= 0:
+            yield f"model.shift.std: {std}; valid: > 0 patches; change it"
+        if isinstance(limit, int) and limit < 1:
+            yield f"model.shift.limit: {limit}; valid: >= 1 patch; change it"
+            return
+        wanted = limit * student.input.stride if isinstance(limit, int) else 0
+        if model.get("remember_teachers") is True:
+            yield "model.remember_teachers: true; valid: false, since shifts change the views; remove the key"
+    if isinstance(margin, int) and margin != wanted:
+        why = (
+            f"model.shift.limit x the student's stride {student.input.stride}" if wanted else "there is no model.shift"
+        )
+        yield f"data.margin: {margin}; valid: {wanted} ({why}); set it"
+
+
+def _mosaic(name: str, encoder: Any, weights: dict[str, float], resolutions: list[int]) -> Iterator[str]:
+    from agglom.mosaic import places
+
+    key, spec = f"model.teachers.{name}.mosaic", encoder.input
+    if weights["summary"]:
+        yield (
+            f"{key}: true, but it has a summary loss, and a canvas of several images has one summary; "
+            f"valid: false, or model.teachers.{name}.summary_weight: 0"
+        )
+    if spec.size is None:
+        yield f"{key}: true, but its input size is free; valid: a fixed input_size, or false; change one"
+        return
+    whole = [pixels for pixels in resolutions if pixels % spec.stride == 0]
+    yield from (
+        f"{key}: true, but {pixels} pixels are not divisible by its stride {spec.stride}; valid: multiples; change it"
+        for pixels in sorted({*resolutions} - {*whole})
+    )
+    if whole and all(places((pixels, pixels), spec) == (1, 1) for pixels in whole):
+        yield (
+            f"{key}: true, but no two images of {min(whole)} pixels fit on its canvas of {spec.size[0]} x "
+            f"{spec.size[1]}; valid: resolutions up to {max(spec.size) // 2}, or false; change one"
+        )
+
+
+def _adaptor(name: str, entry: Any, student: Any, encoder: Any, weights: dict[str, float]) -> Iterator[str]:
+    """What an adaptor says against these two, such as a rung past the depth."""
+    import torch
+
+    from agglom.adaptors import Adaptor
+    from agglom.features import Dims
+
+    if isinstance(entry, str):
+        entry = {"class_path": entry}
+    cls = find_class(str(entry.get("class_path")), Adaptor) if isinstance(entry, dict) else None
+    if (
+        cls is None
+        or not issubclass(cls, Adaptor)
+        or list(signature_problems("", entry.get("init_args") or {}, cls, given=4))
+    ):
+        return
+    summary, spatial = (getattr(encoder.dims, kind) if weights[kind] else None for kind in ("summary", "spatial"))
+    options = {**(entry.get("init_args") or {})}
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cls(student.dims, Dims(summary, spatial), 0, student.tap_names, **options)
+    except UserError as err:
+        yield f"model.teachers.{name}.adaptor.init_args.{err}"
+
+
+def _balance(entry: Any, teachers: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+    """Balances that name a number of teachers, or look at whose data an image is."""
+    if not isinstance(entry, dict):
+        return
+    options = entry.get("init_args") or {}
+    for option, number in (("teachers", options.get("teachers")), ("weights", options.get("weights"))):
+        count = len(number) if isinstance(number, list) else number
+        if isinstance(count, int) and count != len(teachers):
+            yield (
+                f"model.balance.init_args.{option}: for {count} teachers; valid: {len(teachers)}, one for each of "
+                f"{', '.join(teachers)}; change it"
+            )
+    owners = [name for name, config in teachers.items() if isinstance(config, dict) and config.get("own_data")]
+    if options.get("own_data") is True and not owners:
+        yield (
+            "model.balance.init_args.own_data: true, but no teacher has own data; valid: model.teachers.NAME.own_data "
+            "with names of shards; set it or false"
+        )
 
 
 def _on_meta(entry: Any, base: type) -> tuple[Any, list[str]]:

@@ -20,6 +20,7 @@ from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
 from agglom.errors import UserError, brief
 from agglom.overrides import CONFIG, stated
+from agglom.plan import Stage
 
 # What an unconfigured run does; every value can be set in the YAML.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -46,6 +47,9 @@ class FitCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Start anew in a run directory that is in use."
         )
         parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimiser steps between checkpoints.")
+        parser.add_argument("--stages", type=list[Stage] | None, default=None, help="Spans of steps; see agglom.plan.")
+        parser.link_arguments("stages", "model.stages")
+        parser.link_arguments("stages", "data.stages")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Without Lightning's warning that arguments were given from Python: `agglom.cli` is where they come from."""

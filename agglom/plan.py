@@ -151,7 +151,7 @@ class Plan:
                 f"stages.{stage}.partitions: {len(parts)} of them, but a step has {slots} micro-batches over all "
                 f"ranks; valid: a multiple of {len(parts)}; set trainer.accumulate_grad_batches"
             )
-        images = [part.batch_size or self.batch_size for part in parts]
+        images = [part.batch_size or 1 for part in parts]  # all have a number of their own, or none: see `problems`
         seen = dict.fromkeys(names, 0)
         for index, number in enumerate(images):
             for name in self.teachers(stage, index, names):
@@ -207,6 +207,9 @@ def problems(stages: Sequence[Stage], *, max_steps: int | None, teachers: Sequen
         yield from _part_problems(
             key, Partition(stage.teachers, stage.resolutions, stage.size, stage.batch_size), teachers
         )
+        sizes = [part.batch_size for part in stage.parts()]
+        if None in sizes and any(sizes):
+            yield f"{key}.partitions: batch_size {sizes}; valid: all of them or none; give each its own"
         for number, part in enumerate(stage.parts()):
             at = f"{key}.partitions.{number}" if stage.partitions else key
             for pixels in part.resolutions or ():

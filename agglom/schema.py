@@ -40,6 +40,12 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
         yield from _instance(key, value, arguments[1], given=len(arguments[0]))
     elif dataclasses.is_dataclass(kind):
         yield from _arguments(key, value, kind)
+    elif origin is list and dataclasses.is_dataclass(arguments[0]):
+        if not isinstance(value, list):
+            yield f"{key}: {_show(value)}; valid: a list of mappings; change it"
+            return
+        for position, item in enumerate(value):
+            yield from problems(f"{key}.{position}", item, arguments[0])
     elif origin in (dict, collections.abc.Mapping):
         if not isinstance(value, Mapping):
             yield f"{key}: {_show(value)}; valid: a mapping; change it"
