@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from agglom.data.scenes import write_scenes
+from agglom.probes import LinearProbe, SegmentationProbe, runner
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEACHERS = {
@@ -43,32 +46,61 @@ def names(table: str) -> list[str]:
     return rows[1:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["ablation", "complementarity"])
-def test_a_tiny_run_ends_in_a_table_and_is_not_repeated(name, benchmark, larger_scenes, tmp_path, monkeypatch):
-    module = benchmark(name)
-    module.main(tiny_run(larger_scenes, tmp_path))
-    table = (tmp_path / "table.md").read_text()
-    if name == "ablation":
-        assert names(table) == list(module.CONFIGURATIONS) and len(module.CONFIGURATIONS) == 9
-    else:
-        assert names(table)[:3] == ["teacher clip", "teacher dino", "teacher sam"]
-        assert {*module.STUDENTS, "student before training"} == set(names(table)[3:])
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes whose cost doesn't come from the 50,000 pixels and the many strengths of L2 that they fit."""
+    monkeypatch.setitem(runner.PROBES, "segmentation", partial(SegmentationProbe, pixels=400, l2=(0.01,)))
+    monkeypatch.setitem(runner.PROBES, "linear", partial(LinearProbe, l2=(0.01,)))
 
+
+def check_tiny_run(module: ModuleType, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run it; a second time nothing is trained; results of other settings are refused -> the table's first column."""
+    module.main(tiny_run(data, out))
+    table = (out / "table.md").read_text()
     monkeypatch.setattr(module, "train", lambda *args, **options: pytest.fail("trained again"))
-    module.main(tiny_run(larger_scenes, tmp_path))
-    assert (tmp_path / "table.md").read_text() == table
+    module.main(tiny_run(data, out))
+    assert (out / "table.md").read_text() == table
     with pytest.raises(SystemExit, match="lr .* instead of 0.5"):
-        module.main([*tiny_run(larger_scenes, tmp_path), "--lr", "0.5"])
+        module.main([*tiny_run(data, out), "--lr", "0.5"])
+    return names(table)
 
 
-def test_the_ablation_goes_on_where_it_stopped(benchmark, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_tiny_ablation(benchmark, larger_scenes, tmp_path, monkeypatch, quick_probes):
+    module = benchmark("ablation")
+    some = {name: module.CONFIGURATIONS[name] for name in ("sam alone", "base")}  # one without zero-shot
+    monkeypatch.setattr(module, "CONFIGURATIONS", some)
+    assert check_tiny_run(module, larger_scenes, tmp_path, monkeypatch) == list(some)
+
+
+@pytest.mark.slow
+def test_a_tiny_complementarity(benchmark, larger_scenes, tmp_path, monkeypatch, quick_probes):
+    module = benchmark("complementarity")
+    some = {name: module.STUDENTS[name] for name in ("student of sam", "student of all three")}
+    monkeypatch.setattr(module, "STUDENTS", some)
+    teachers = ["teacher clip", "teacher dino", "teacher sam"]
+    found = check_tiny_run(module, larger_scenes, tmp_path, monkeypatch)
+    assert found == [*teachers, *some, "student before training"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip alone", "dino alone", "ladder", "dropping", "raw", "phi_s", "adaloss"])
+def test_the_other_configurations_train(name, benchmark, larger_scenes, tmp_path):
+    module = benchmark("ablation")
+    options = module.parser("", name="ablation", steps=2, lr=1e-2).parse_args(tiny_run(larger_scenes, tmp_path))
+    recipe = module.CONFIGURATIONS[name]
+    assert list(module.train(recipe, 0, options, tmp_path / "export").adaptors) == list(recipe.teachers)
+
+
+def test_the_ablation_has_a_row_for_each_configuration_and_goes_on_where_it_stopped(benchmark, tmp_path, monkeypatch):
     module, trained = benchmark("ablation"), []
     row = TEACHERS["clip"]
     monkeypatch.setattr(module, "train", lambda recipe, seed, options, out: trained.append(recipe))
     monkeypatch.setattr(module, "probe", lambda models, options, out: dict.fromkeys(models, row))
     run = ["--data", "nowhere", "--out", str(tmp_path), "--seeds", "3", "4"]
     module.main(run)
+    assert names((tmp_path / "table.md").read_text()) == list(module.CONFIGURATIONS)
+    assert len(trained) == 2 * len(module.CONFIGURATIONS) == 18
     everything = (tmp_path / "results.json").read_text()
     kept = json.loads(everything)
     del kept["ladder, seed 4"]
