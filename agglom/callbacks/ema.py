@@ -34,7 +34,9 @@ class WeightEMA(pl.Callback):
         if self._restored is not None:
             self.average.load_state_dict(self._restored)
             self._restored = None
-        self._step = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step  # known only now: a checkpoint's loops are restored after on_fit_start
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self._step:  # still accumulating
@@ -72,6 +74,8 @@ def update_average(average: nn.Module, weights: nn.Module, decay: float) -> None
     """average <- decay * average + (1 - decay) * weights for parameters; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(weights.parameters()), 1 - decay)
     for ours, theirs in zip(average.buffers(), weights.buffers(), strict=True):
+        if ours.shape != theirs.shape:  # statistics that took their size from the first step
+            ours.resize_(theirs.shape)
         ours.copy_(theirs)
 
 
