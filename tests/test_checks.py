@@ -93,6 +93,11 @@ def put(config, path, value):
 
 
 ENCODER = "model.teachers.clip.encoder"
+FREE = {"model.remember_teachers": False}
+DYNAMIC = {
+    "model.student.init_args.name": "vit_tiny_patch16_224",
+    "model.student.init_args.kwargs": {"img_size": 64, "depth": 4, "dynamic_img_size": True},
+}
 BROKEN = {
     # what is set -> the parts that the only line must hold
     "unknown key": ({"model.learning_rate": 1e-3}, ["model.learning_rate", "unknown key", "lr", "rename or remove"]),
@@ -147,6 +152,89 @@ BROKEN = {
     "unknown student": ({"model.student.init_args.name": "vit_tine"}, ["model.student.name: 'vit_tine'", "valid:"]),
     "teacher's name": ({"model.teachers.keys": {"encoder": {}}}, ["model.teachers.keys", "rename it"]),
     "moving views": ({"data.view.flip": 0.5}, ["model.remember_teachers: true", "flip: 0"]),
+    "rung past the depth": (
+        {
+            "model.adaptor": {"class_path": "agglom.adaptors.LadderAdaptor"},
+            "model.teachers.dino.adaptor": {
+                "class_path": "agglom.adaptors.LadderAdaptor",
+                "init_args": {"rungs": [0, 4]},
+            },
+        },
+        ["model.teachers.dino.adaptor.init_args.rungs: 4", "valid: -4 to 3"],
+    ),
+    "weights for other teachers": (
+        {"model.balance": {"class_path": "agglom.balance.Manual", "init_args": {"weights": [1.0, 2.0]}}},
+        ["model.balance.init_args.weights: for 2 teachers; valid: 3", "clip, dino, sam"],
+    ),
+    "uncertainty of other teachers": (
+        {"model.balance": {"class_path": "agglom.balance.Uncertainty", "init_args": {"teachers": 4}}},
+        ["model.balance.init_args.teachers: for 4 teachers; valid: 3"],
+    ),
+    "nobody's own data": (
+        {"model.balance": {"class_path": "agglom.balance.TeacherDropping", "init_args": {"own_data": True}}},
+        ["model.balance.init_args.own_data: true", "model.teachers.NAME.own_data"],
+    ),
+    "mosaic of a teacher with a summary": (
+        {"model.teachers.clip.mosaic": True, **DYNAMIC, "data.size": 32},
+        ["model.teachers.clip.mosaic: true", "summary loss", "model.teachers.clip.summary_weight: 0"],
+    ),
+    "impossible mosaic": (
+        {"model.teachers.sam.mosaic": True},
+        ["model.teachers.sam.mosaic: true", "no two images of 64 pixels", "64 x 64", "resolutions up to 32"],
+    ),
+    "margin without shifts": ({"data.margin": 8}, ["data.margin: 8; valid: 0 (there is no model.shift)"]),
+    "shifts without margin": (
+        {"model.shift": {"limit": 2}, "model.remember_teachers": False},
+        ["data.margin: 0; valid: 16", "model.shift.limit x the student's stride 8"],
+    ),
+    "stages inside of the model": (
+        {"model.stages": [{"steps": 5}]},
+        ["model.stages: stands at the top level", "move it there"],
+    ),
+    "stages longer than the run": (
+        {"stages": [{"steps": 2000}, {"steps": 2000}], **FREE},
+        ["stages: 4000 steps in all; valid: at most trainer.max_steps 3000"],
+    ),
+    "teacher of a stage": (
+        {"stages": [{"steps": 5, "teachers": ["clip", "dion"]}, {}], **FREE},
+        ["stages.0.teachers: 'dion'", "clip, dino, sam (did you mean dino?)"],
+    ),
+    "unknown key of a stage": (
+        {"stages": [{"step": 5}], **FREE},
+        ["stages.0.step: unknown key", "steps"],
+    ),
+    "stage that is no mapping": ({"stages": {"steps": 5}, **FREE}, ["stages: {'steps': 5}; valid: a list of mappings"]),
+    "resolution and stride": (
+        {"stages": [{"resolutions": [64, 72]}], **FREE, **DYNAMIC},
+        ["stages.0.resolutions: 72 is not divisible by the student's stride 16", "64"],
+    ),
+    "resolution of a fixed student": (
+        {"stages": [{"steps": 5, "resolutions": [64]}, {"resolutions": [32]}], **FREE},
+        ["stages.1.resolutions: 32; valid: 64, the student's fixed size", "dynamic_img_size"],
+    ),
+    "partition of a fixed student": (
+        {"stages": [{"partitions": [{"resolutions": [32]}]}], **FREE},
+        ["stages.0.partitions.0.resolutions: 32; valid: 64, the student's fixed size", "dynamic_img_size"],
+    ),
+    "partitions without slots": (
+        {"stages": [{"partitions": [{}, {}]}], **FREE},
+        ["stages.0.partitions: 2 of them, but a step has 1 micro-batches", "accumulate_grad_batches"],
+    ),
+    "strategy of partitions": (
+        {"stages": [{"teachers": ["clip"]}], **FREE, "trainer.devices": 2},
+        ["trainer.strategy: auto; valid: ddp_find_unused_parameters_true"],
+    ),
+    "remembered stages": (
+        {"stages": [{"steps": 50}, {}]},
+        ["model.remember_teachers: true; valid: false, since stages change the views"],
+    ),
+    "positions of a CNN": (
+        {
+            "model.student.init_args": {"name": "resnet10t", "cropped_positions": True},
+            "data.size": 64,
+        },
+        ["model.student.cropped_positions: ", "resnet10t"],
+    ),
     "output below a file": (
         {"trainer.default_root_dir": "data/scenes/index.json/run"},
         ["default_root_dir", "is no folder"],
@@ -163,12 +251,38 @@ def test_one_problem_one_line(case, demo):
     changes, parts = BROKEN[case]
     for path, value in changes.items():
         put(demo, path, value)
+    demo = copy.deepcopy(demo)  # cases share parts of their values
     if case == "teacher's name":
         demo["model"]["teachers"]["keys"] = copy.deepcopy(demo["model"]["teachers"]["sam"])
     lines = check_config(demo)
     assert len(lines) == 1, lines
     assert all(part in lines[0] for part in parts), lines[0]
     assert "\n" not in lines[0] and re.match(r"[\w.]+: ", lines[0]), lines[0]
+
+
+def test_all_problems_of_stages_at_once(demo):
+    """Those of the plan itself, of the models at its sizes and of the trainer, each under its own key."""
+    demo["model"]["remember_teachers"] = False
+    demo["model"]["adaptor"] = {"class_path": "agglom.adaptors.LadderAdaptor", "init_args": {"rungs": [9]}}
+    demo["stages"] = [
+        {"steps": 4000, "teachers": ["clop"]},
+        {"resolutions": [32], "partitions": [{}, {"resolutions": [50]}]},
+    ]
+    demo["model"]["teachers"]["clip"]["mosaic"] = True
+    keys = [line.split(": ")[0] for line in check_config(demo)]
+    assert sorted(keys) == sorted(
+        [
+            "stages.0.teachers",
+            "stages.1.steps",
+            "stages",
+            "stages.1.partitions",
+            "stages.1.resolutions",
+            "stages.1.partitions.1.resolutions",
+            "model.teachers.clip.mosaic",
+            "model.teachers.clip.mosaic",
+            *(f"model.teachers.{name}.adaptor.init_args.rungs" for name in ("clip", "dino", "sam")),
+        ]
+    )
 
 
 def test_command_prints_every_problem_and_exits_2(demo, capsys):
