@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from agglom.adaptors import LadderAdaptor, OrthogonalAdaptor
-from agglom.balance import Manual, Uncertainty
+from agglom.balance import Manual, TeacherDropping, Uncertainty
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
 from agglom.errors import UserError
@@ -202,3 +202,46 @@ def test_adaptors_may_exempt_themselves_from_weight_decay(tiny_student, tiny_tea
     own = {id(p) for head in module.heads.values() for p in head.adaptor.parameters()}
     assert own and own <= {id(p) for p in plain["params"]}
     assert not own & {id(p) for p in decayed["params"]} and decayed["params"]
+
+
+def test_layer_decay_follows_the_depth(tiny_student, tiny_teachers):
+    """Stem d^3, blocks d^2 and d^1 of two, the final norm and all heads at the full rate."""
+    module = build(tiny_student, tiny_teachers)
+    rates = {id(p): g["lr"] for g in groups(module, layer_decay=0.5, lr=8.0) for p in g["params"]}
+    assert len(rates) == len([p for p in module.parameters() if p.requires_grad])
+    backbone = module.student.backbone
+    assert rates[id(backbone.patch_embed.proj.weight)] == rates[id(backbone.pos_embed)] == 1.0
+    assert rates[id(backbone.blocks[0].mlp.fc1.weight)] == 2.0
+    assert rates[id(backbone.blocks[1].attn.qkv.bias)] == 4.0
+    assert {rates[id(p)] for head in module.heads.values() for p in head.parameters()} == {8.0}
+    decays = {id(p): g["weight_decay"] for g in groups(module, layer_decay=0.5) for p in g["params"]}
+    plain = {id(p): g["weight_decay"] for g in groups(module) for p in g["params"]}
+    assert decays == plain, "the rate says nothing about the decay"
+    assert {g["lr"] for g in groups(module)} == {1.0}
+
+
+def test_own_data_counts_for_its_teacher_alone(tiny_student, tiny_teachers):
+    """DUNE's rule, from the names of the shards to the weights."""
+    teachers = tiny_teachers()
+    teachers["sam"].own_data, teachers["dino"].own_data = ["sa1b-*.tar"], ["lvd-00000?.tar", "sa1b-000007.tar"]
+    module = Distiller(tiny_student(summary_tokens=2), teachers, balance=TeacherDropping(p=0.0, own_data=True)).train()
+    data = batch(4)
+    data["shard"] = ["sa1b-000001.tar", "lvd-000003.tar", "web-000001.tar", "sa1b-000007.tar"]
+    own = module._own(data, (3, 4))
+    assert own.tolist() == [[False] * 4, [False, True, False, True], [True, False, False, True]]
+    step(module, data)
+    third = 1 / 3
+    expected = torch.tensor([[0, 0, third, 0], [0, 1, third, 0.5], [1, 0, third, 0.5]])
+    torch.testing.assert_close(module.balance._last[0], expected)
+    assert Distiller(tiny_student(summary_tokens=2), tiny_teachers())._own(data, (3, 4)) is None
+
+
+def test_the_student_sees_the_resolution_and_teachers_the_whole_size(tiny_student, tiny_teachers):
+    from agglom.plan import Part
+
+    module = build(tiny_student, tiny_teachers, student=tiny_student(summary_tokens=2))
+    images = torch.rand(2, 3, 64, 64)
+    views = module.views(images, Part(0, 0, 32, 64, 2), ["clip"])
+    assert views.student.shape[-2:] == (32, 32) and views.teachers["clip"] is images
+    expected = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(views.student, expected)
