@@ -18,6 +18,7 @@ from agglom.errors import UserError
 
 FLOOR = 0.05  # a layer's largest singular value stays above it
 ABOVE_FLOOR = 1e-3  # where a smaller one starts, so that g is finite and keeps a gradient
+ITERATIONS = 100  # at the start
 TINY = 1e-6  # below this, sigma is no divisor; a matrix of zeros stays one
 
 
@@ -27,10 +28,29 @@ def raw_scale(sigma: Tensor) -> Tensor:
     return above + torch.log(-torch.expm1(-above))  # log(exp(above) - 1) without overflow
 
 
-def power_iteration(matrices: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One step towards the leading singular vectors: matrices (P, O, I), u (P, O), v (P, I) -> new u, v."""
+def power_iteration(matrices: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """One step towards the leading singular vectors: matrices (P, O, I), u (P, O) -> new u, and v (P, I)."""
     v = F.normalize(torch.einsum("poi,po->pi", matrices, u), dim=1)
     return F.normalize(torch.einsum("poi,pi->po", matrices, v), dim=1), v
+
+
+def leading(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading left vectors (P, O), singular values (P,) and right vectors (P, I) of (P, O, I), by power iteration.
+
+    Near enough: whatever is missing of sigma is missing of the divisor too, so W' = W all the same, and u and v come
+    nearer with every step of the training. An exact decomposition of a ViT-B's layers takes far longer than its steps are worth.
+    """
+    if matrices.is_meta:  # shapes are all there is
+        return matrices[:, :, 0], matrices[:, 0, 0], matrices[:, 0]
+    tall = matrices.shape[1] > matrices.shape[2]
+    gram = matrices.mT @ matrices if tall else matrices @ matrices.mT  # of the shorter side
+    gram = gram / gram.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
+    x = torch.randn(gram.shape[:2], generator=generator).to(gram.device)
+    for _ in range(ITERATIONS):
+        x = F.normalize(torch.einsum("poq,pq->po", gram, x), dim=1)
+    u, v = power_iteration(matrices, torch.einsum("poi,pi->po", matrices, x) if tall else x)
+    return u, torch.einsum("po,poi,pi->p", u, matrices, v), v
 
 
 class Spectral(nn.Module):
@@ -49,11 +69,7 @@ class Spectral(nn.Module):
     def __init__(self, weight: Tensor, parts: int) -> None:
         super().__init__()
         matrices = weight.detach().float().unflatten(0, (parts, -1))  # (P, O / P, I)
-        if weight.is_meta:  # shapes are all there is
-            left, sigma, right = matrices[:, :, 0], matrices[:, 0, 0], matrices[:, 0]
-        else:
-            lefts, sigmas, rights = torch.linalg.svd(matrices, full_matrices=False)
-            left, sigma, right = lefts[:, :, 0], sigmas[:, 0], rights[:, 0]
+        left, sigma, right = leading(matrices)
         self.g = nn.Parameter(raw_scale(sigma).unsqueeze(1))  # (P, 1): weight decay leaves 1-D parameters alone
         self.register_buffer("u", left.clone(memory_format=torch.contiguous_format))
         self.register_buffer("v", right.clone(memory_format=torch.contiguous_format))
@@ -72,7 +88,7 @@ class Spectral(nn.Module):
         """Let u and v follow the weight by one step."""
         with _full_precision(weight):
             matrices = weight.float().unflatten(0, (len(self.g), -1))
-            u, v = power_iteration(matrices, self.u.float(), self.v.float())
+            u, v = power_iteration(matrices, self.u.float())
         self.u.copy_(u)
         self.v.copy_(v)
 

@@ -55,7 +55,7 @@ def test_unequal_grids_count_only_cells_from_inside_the_overlap(rule, other):
     student = torch.zeros(1, 1, 6, 6)
     shift = torch.tensor([[2, -1]])
     moved, inside = move(student, shift)
-    poisoned = torch.where(inside[:, None], moved, torch.tensor(float(1e6)))
+    poisoned = torch.where(inside[:, None], moved, torch.tensor(1e6))
     grid = other if rule == "teacher" else max(other, 6)
     ours, truth, mask = meet(student, torch.zeros(1, 1, other, other), rule, shift, (6, 6))
     assert ours.shape == truth.shape == (1, 1, grid, grid) and mask.shape == (1, grid, grid)
