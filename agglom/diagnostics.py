@@ -7,6 +7,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from agglom.errors import UserError
 from agglom.features import StudentFeatures
 from agglom.targets.moments import accumulator, no_autocast, sum_over_ranks
 
@@ -33,6 +34,35 @@ def gradient_shares(terms: Sequence[Tensor], student: StudentFeatures) -> Tensor
         norms.append(torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device))
     stacked = torch.stack(norms)
     return stacked / stacked.sum().clamp(min=1e-30)
+
+
+class FiniteWatch:
+    """Remembers on the device at which step a teacher's loss was first not finite; asking is what waits for it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._first: Tensor | None = None  # (T,) int64, -1 while all is well
+
+    @torch.no_grad()
+    def update(self, per_image: Tensor, step: int) -> None:
+        """per_image (T, B) of a step."""
+        broken = ~per_image.detach().isfinite().all(1)
+        if self._first is None:
+            self._first = torch.full((len(broken),), -1, dtype=torch.int64, device=broken.device)
+        self._first = torch.where(broken & (self._first < 0), step, self._first)
+
+    def check(self) -> None:
+        """Raises UserError if there was one, naming the first to break and when."""
+        if self._first is None:
+            return
+        found = {name: step for name, step in zip(self.names, self._first.tolist(), strict=True) if step >= 0}
+        if found:
+            step = min(found.values())
+            names = ", ".join(name for name, at in found.items() if at == step)
+            raise UserError(
+                f"the loss of {names} was not finite at step {step}; resume from a checkpoint before it with a lower "
+                f"model.lr, or set model.teachers.NAME.encoder.init_args.dtype: fp32 if its features overflow"
+            )
 
 
 class RankMe:

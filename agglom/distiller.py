@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agglom.adaptors import MLPAdaptor
 from agglom.balance import Balance, Equal
 from agglom.callbacks.ema import WeightEMA
-from agglom.diagnostics import RankMe, gradient_shares
+from agglom.diagnostics import FiniteWatch, RankMe, gradient_shares
 from agglom.errors import UserError, nearest
 from agglom.features import Features, StudentFeatures, resize, sides
 from agglom.heads import AdaptorFactory, Head, LossFactory, NormalizerFactory, TeacherConfig
@@ -148,6 +148,7 @@ class Distiller(pl.LightningModule):
         self.ema_decay = ema_decay
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
+        self.watch = FiniteWatch(self.names)
 
     @property
     def student(self) -> Student:
@@ -239,6 +240,8 @@ class Distiller(pl.LightningModule):
         weights = self.balance(per_image, valid.expand(shape), self._own(batch, shape))
         if place.scales is not None:
             weights = weights * torch.tensor(place.scales).to(images.device, non_blocking=True)[:, None]
+        if training:
+            self.watch.update(per_image, place.step)
         terms = (weights * per_image).mean(1)  # (T,)
         loss = terms.sum() + self.balance.penalty()
         self._log(kind, loss, losses, per_image, weights, targets, terms, student)
@@ -307,10 +310,12 @@ class Distiller(pl.LightningModule):
         terms: Tensor,
         student: StudentFeatures,
     ) -> None:
-        """Queue the metrics; nothing here waits for the device."""
+        """Queue the metrics; only in a step that is logged the host waits for the device."""
         training, every = kind == "train", self.trainer.log_every_n_steps
         if training and (every == 0 or (self.global_step + 1) % every):
             return  # Lightning would drop them
+        if training:
+            self.watch.check()
         metrics = {f"{kind}/loss": loss.detach()}
         for name, row in zip(self.names, per_image.detach().mean(1), strict=True):
             if name in losses:
