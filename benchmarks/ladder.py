@@ -193,6 +193,25 @@ def flops(batch: int, device: str) -> dict[str, float]:
     }
 
 
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"}
+
+
+def profile(work: Work, name: str) -> dict[str, float]:
+    """Where one formulation of the ladder spends its time: matrix products, which every formulation has, and the rest.
+
+    Returns:
+        ms in products, ms in all operations, and `bound`: how many times faster a formulation would be that had the
+        same products at the same rate and nothing else.
+    """
+    work.ladder(name)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        for _ in range(3):
+            work.ladder(name)
+    times = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
+    total, products = sum(times.values()), sum(time for key, time in times.items() if key in PRODUCTS)
+    return {"products_ms": products / 3e3, "all_ms": total / 3e3, "bound": total / products}
+
+
 def peak_mib(name: str, batch: int, device: str, dtype: str, threads: int) -> float:
     """Run two steps and report the growth of this process's peak (run it in a process of its own)."""
     torch.set_num_threads(threads)
@@ -276,6 +295,13 @@ def main() -> None:
                     f"{dtype:5} {threads:7} {what:6} {row['plain_ms']:9.1f} {row['large_ms']:9.1f} {spread:>22} "
                     f"{row['speedup_cpu']:11.3f}",
                     flush=True,
+                )
+            if args.device == "cpu":
+                result["runs"][-2]["profile"] = found = {name: profile(work, name) for name in FORMULATIONS}
+                print(
+                    f"{dtype:5} {threads:7} ladder's matrix products: "
+                    + ", ".join(f"{name} {p['products_ms']:.0f} of {p['all_ms']:.0f} ms" for name, p in found.items())
+                    + f"; without anything else the plain one would be {found['plain']['bound']:.3f} times as fast"
                 )
     result["peak_mib"] = {}
     for dtype in args.dtypes:
