@@ -25,8 +25,7 @@ model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval
 config = timm.data.resolve_model_data_config(model)  # {size} px, mean {mean}, std {std}
 ```
 
-With agglom installed, `agglom.load(PATH).adaptors[NAME](images)` answers in a teacher's own space
-(images in [0, 1]); names: {names}.
+{adaptors}
 
 ## Input
 
@@ -42,7 +41,13 @@ The weights of a student may inherit conditions from its teachers' licences; the
 
 def model_card(about: dict[str, Any]) -> str:
     """Markdown for the export that `about` (agglom.json) describes."""
-    teachers = about["teachers"]
+    teachers, kept = about["teachers"], about["adaptors"]
+    adaptors = (
+        "With agglom installed, `agglom.load(PATH).adaptors[NAME](images)` answers in a teacher's own space\n"
+        f"(images in [0, 1]); names: {', '.join(f'`{name}`' for name in kept)}."
+        if kept
+        else "The backbone alone: the adaptors into the teachers' spaces were left out."
+    )
     rows = ["| name | source | licence | sha256 |", "|---|---|---|---|"]
     rows += [f"| {n} | {t['source']} | {t['licence']} | `{t['sha256'][:16]}` |" for n, t in teachers.items()]
     return _CARD.format(
@@ -55,6 +60,6 @@ def model_card(about: dict[str, Any]) -> str:
         mean=tuple(about["input"]["mean"]),
         std=tuple(about["input"]["std"]),
         interpolation=about["input"]["interpolation"],
-        names=", ".join(f"`{name}`" for name in teachers),
+        adaptors=adaptors,
         table="\n".join(rows),
     )

@@ -145,12 +145,14 @@ def report(dirs: list[str]) -> None:
         print(write_comparison(folders, folders[0]))
 
 
-def export(ckpt: str, out: str) -> None:
+def export(ckpt: str, out: str, adaptors: str | None = None) -> None:
     """Write a checkpoint of a run as a folder that plain timm loads, with adaptors and model card.
 
     Args:
         ckpt: a checkpoint of a run directory, or the run directory (its newest).
         out: the folder to write.
+        adaptors: names of the teachers whose adaptors are kept, separated by commas, or "none"; left out: all. The
+            backbone is the same with and without.
     """
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "agglom.json").is_file():
@@ -159,7 +161,8 @@ def export(ckpt: str, out: str) -> None:
         )
     from agglom.runs import export_checkpoint
 
-    print(export_checkpoint(Path(ckpt), Path(out)))
+    kept = None if adaptors is None else [name.strip() for name in adaptors.split(",") if name.strip() != "none"]
+    print(export_checkpoint(Path(ckpt), Path(out), kept))
 
 
 def info(ref: str | None = None, pattern: str = "") -> None:

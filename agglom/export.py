@@ -78,6 +78,7 @@ def write_export(
         "input": {**student.input.as_dict(), "size": [size, size]},
         "steps": step,
         "teachers": teachers["teachers"],
+        "adaptors": list(heads),
     }
     _write_json(out / "agglom.json", about)
     (out / "README.md").write_text(model_card(about))

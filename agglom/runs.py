@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Sequence, cast
 
 import yaml
 
-from agglom.errors import UserError
+from agglom.errors import UserError, nearest
 from agglom.export import Exported, load
 from agglom.features import Backbone
 from agglom.teachers import Teacher, from_ref
@@ -86,15 +86,16 @@ def build_distiller(config: dict[str, Any]) -> Distiller:
     return parser.instantiate(parser.parse_object({"model": config["model"]})).model
 
 
-def export_checkpoint(ckpt: Path, out: Path) -> Path:
+def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = None) -> Path:
     """Write the export of a checkpoint (the averaged weights where it holds them).
 
     Args:
         ckpt: RUN/checkpoints/NAME.ckpt, or the run directory for its newest.
         out: the folder to write.
+        adaptors: teachers whose adaptors go along; None for all.
 
     Raises:
-        UserError: no such checkpoint, or it can't be read.
+        UserError: no such checkpoint, or it can't be read; an adaptor that the run doesn't have.
     """
     import torch
 
@@ -107,6 +108,10 @@ def export_checkpoint(ckpt: Path, out: Path) -> Path:
             f"ckpt: {path} does not exist; give RUN/checkpoints/last.ckpt or a run directory that holds one"
         )
     config = read_config(path.parent.parent / "config.yaml")
+    names = list(config["model"]["teachers"])
+    for name in adaptors or ():
+        if name not in names:
+            raise UserError(f"adaptors: {name!r}; {nearest(name, names)}; take some of them, or none")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as err:
@@ -122,4 +127,5 @@ def export_checkpoint(ckpt: Path, out: Path) -> Path:
         manifest({name: cast(Teacher, encoder) for name, encoder in module.encoders.items()}),
         config["data"]["size"],
         state["global_step"],
+        names if adaptors is None else adaptors,
     )

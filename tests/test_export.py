@@ -89,6 +89,23 @@ def check_adaptors(module, folder):
     return loaded
 
 
+@pytest.mark.parametrize("kept", [["sam"], ["clip", "dino"], []])
+def test_adaptors_left_out_change_nothing_else(kept, tiny_student, tiny_teachers, tmp_path):
+    module = distiller(tiny_student, tiny_teachers, "plain")
+    whole, part = export(module, tmp_path / "whole"), tmp_path / "part"
+    about = manifest(dict(module.encoders.items()))
+    export_module(module, part, about, 32, 7, ["dino", "clip", "sam"])  # an older one, to be replaced
+    export_module(module, part, about, 32, 7, kept)
+    for name in ("config.json", "model.safetensors"):
+        assert (whole / name).read_bytes() == (part / name).read_bytes()
+    loaded, full = agglom.load(part), agglom.load(whole)
+    assert list(loaded.adaptors) == kept and torch.equal(loaded(images()).summary, full(images()).summary)
+    for name in kept:
+        assert torch.equal(loaded.adaptors[name](images()).spatial, full.adaptors[name](images()).spatial)
+    card = (part / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in kept) and ("backbone alone" in card) == (not kept)
+
+
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_timm_and_adaptors(kind, tiny_student, tiny_teachers, tmp_path):
     module = distiller(tiny_student, tiny_teachers, kind)

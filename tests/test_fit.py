@@ -182,6 +182,18 @@ def test_a_folder_that_the_file_system_refuses(scenes, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.slow
+def test_export_with_some_adaptors(runs, tmp_path, capsys):
+    _, root, *_ = runs
+    main(["export", "--ckpt", str(root), "--out", str(tmp_path / "one"), "--adaptors", "sam"])
+    main(["export", "--ckpt", str(root), "--out", str(tmp_path / "bare"), "--adaptors", "none"])
+    assert list(agglom.load(tmp_path / "one").adaptors) == ["sam"] and not agglom.load(tmp_path / "bare").adaptors
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as err:
+        main(["export", "--ckpt", str(root), "--out", str(tmp_path / "none"), "--adaptors", "smo"])
+    assert err.value.code == 2 and "adaptors: 'smo'; valid: clip, sam (did you mean sam?)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_other_teachers_are_refused(runs, scenes, tmp_path, capsys):
     _, root, *_ = runs
     before = (root / "teachers.json").read_text()

@@ -6,7 +6,7 @@ import json
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Sequence, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -112,9 +112,16 @@ def checkpoint_path(root: str | Path) -> Path:
     return Path(root) / "checkpoints" / "last.ckpt"
 
 
-def export_module(module: pl.LightningModule, out: Path, teachers: dict[str, Any], size: int, step: int) -> Path:
-    """Write the export of a distiller with the weights that it holds now."""
-    heads = dict(module.heads.items())
+def export_module(
+    module: pl.LightningModule,
+    out: Path,
+    teachers: dict[str, Any],
+    size: int,
+    step: int,
+    adaptors: Sequence[str] | None = None,
+) -> Path:
+    """Write the export of a distiller with the weights that it holds now, with all or only some of its adaptors."""
+    heads = {name: head for name, head in module.heads.items() if adaptors is None or name in adaptors}
     return write_export(
         out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step
     )
