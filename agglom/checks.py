@@ -302,8 +302,7 @@ def _models(model: dict[str, Any], data: dict[str, Any], stages: list[Stage]) ->
     """Shapes of student and teachers on the meta device: divisibility, missing summaries, tokens, taps, mosaics."""
     from torch import nn
 
-    from agglom.distiller import summary_tokens, teacher_weights
-    from agglom.heads import TeacherConfig
+    from agglom.heads import TeacherConfig, summary_tokens, teacher_weights
     from agglom.students import Student
     from agglom.teachers import Teacher
 

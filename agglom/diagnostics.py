@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,28 +37,29 @@ def gradient_shares(terms: Sequence[Tensor], student: StudentFeatures) -> Tensor
 
 
 class FiniteWatch:
-    """Remembers on the device at which step a teacher's loss was first not finite; asking is what waits for it."""
+    """Remembers on the device at which step a loss was first not finite; only asking waits for the device."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-        self._first: Tensor | None = None  # (T,) int64, -1 while all is well
+    def __init__(self) -> None:
+        self._first: dict[str, Tensor] = {}  # name -> () int64, -1 while all is well
 
     @torch.no_grad()
-    def update(self, per_image: Tensor, step: int) -> None:
-        """per_image (T, B) of a step."""
-        broken = ~per_image.detach().isfinite().all(1)
-        if self._first is None:
-            self._first = torch.full((len(broken),), -1, dtype=torch.int64, device=broken.device)
-        self._first = torch.where(broken & (self._first < 0), step, self._first)
+    def update(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Name of a teacher or objective -> its (B,) losses in a step."""
+        for name, values in losses.items():
+            first = self._first.get(name)
+            if first is None:
+                first = torch.full((), -1, dtype=torch.int64, device=values.device)
+            self._first[name] = torch.where(~values.detach().isfinite().all() & (first < 0), step, first)
 
     def check(self) -> None:
         """Raises UserError if there was one, naming the first to break and when."""
-        if self._first is None:
+        if not self._first:
             return
-        found = {name: step for name, step in zip(self.names, self._first.tolist(), strict=True) if step >= 0}
-        if found:
-            step = min(found.values())
-            names = ", ".join(name for name, at in found.items() if at == step)
+        found = dict(zip(self._first, torch.stack(list(self._first.values())).tolist(), strict=True))
+        broken = {name: step for name, step in found.items() if step >= 0}
+        if broken:
+            step = min(broken.values())
+            names = ", ".join(name for name, at in broken.items() if at == step)
             raise UserError(
                 f"the loss of {names} was not finite at step {step}; resume from a checkpoint before it with a lower "
                 f"model.lr, or set model.teachers.NAME.encoder.init_args.dtype: fp32 if its features overflow"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Callable, NamedTuple, Sequence, cast
+from typing import Any, Callable, Sequence, cast
 
 import lightning.pytorch as pl
 import torch
@@ -14,35 +13,36 @@ from torch import Tensor, nn
 
 from agglom.adaptors import MLPAdaptor
 from agglom.balance import Balance, Equal
-from agglom.callbacks.ema import WeightEMA
+from agglom.callbacks.ema import EMASchedule, WeightEMA
 from agglom.diagnostics import FiniteWatch, RankMe, gradient_shares
 from agglom.errors import UserError, nearest
-from agglom.features import Features, StudentFeatures, resize, sides
-from agglom.heads import AdaptorFactory, Head, LossFactory, NormalizerFactory, TeacherConfig
+from agglom.features import Dims, Features, StudentFeatures, sides
+from agglom.frames import Frames
+from agglom.heads import (
+    AdaptorFactory,
+    Head,
+    LossFactory,
+    NormalizerFactory,
+    TeacherConfig,
+    nothing,
+    summary_tokens,
+    teacher_weights,
+)
 from agglom.looking import look
 from agglom.objectives import Cosine, CosineSmoothL1
 from agglom.parameters import parameter_groups
-from agglom.plan import Part, Plan, Stage, slot
+from agglom.place import Place, locate, own_images
+from agglom.plan import Part, Plan, Stage
 from agglom.schedules import Schedule, multiplier
-from agglom.shifts import ShiftOptions, crop, draw
+from agglom.selfdistill import Objective, Scene
+from agglom.selfdistill.base import steps
+from agglom.shifts import ShiftOptions
 from agglom.students import Student, attend_plainly
 from agglom.targets import Memory, Standardize
 from agglom.targets.moments import Statistics
 from agglom.teachers import Teacher
 
-
-class Views(NamedTuple):
-    """What student and teachers see of a batch.
-
-    Attributes:
-        student: (B, 3, r, r).
-        teachers: name -> (B, 3, s, s).
-        shifts: name -> (B, 2) cells of the student's grid from its frame to the teacher's, or None: one frame.
-    """
-
-    student: Tensor
-    teachers: dict[str, Tensor]
-    shifts: dict[str, Tensor | None]
+ObjectiveFactory = Callable[[Dims], Objective]
 
 
 class Distiller(pl.LightningModule):
@@ -77,7 +77,11 @@ class Distiller(pl.LightningModule):
             Training images then need a margin (`data.margin`).
         gradient_shares_every: steps between two measurements of each teacher's share of the gradient at the student's
             features (a backward pass through the heads); 0 for none.
-        ema_decay: of the averaged weights that are validated and exported; null for none.
+        objectives: name -> a term of the loss beside the teachers, such as consistency with the averaged student
+            (`agglom.selfdistill`).
+        ema_decay: of the averaged weights that are validated, exported and asked by objectives; null for none.
+        ema_schedule: of the decay: fixed, or by a cosine up to 1.
+        ema_warmup: let a fixed decay begin low (see `agglom.callbacks.WeightEMA`).
         remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
             only for training without random crops and flips.
 
@@ -106,12 +110,19 @@ class Distiller(pl.LightningModule):
         stages: list[Stage] | None = None,
         shift: ShiftOptions | None = None,
         gradient_shares_every: int = 100,
+        objectives: dict[str, ObjectiveFactory] | None = None,
         ema_decay: float | None = 0.999,
+        ema_schedule: EMASchedule = "fixed",
+        ema_warmup: bool = True,
         remember_teachers: bool = False,
     ) -> None:
         super().__init__()
-        if not teachers:
-            raise UserError("model.teachers: empty; name at least one teacher")
+        if not teachers and not objectives:
+            raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
+        if objectives and ema_decay is None:
+            raise UserError("model.ema_decay: null, but model.objectives need an average; valid: 0 to 1; set it")
+        for name in set(objectives or ()) & set(teachers):
+            raise UserError(f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one")
         known = [str(name) for name in list_optimizers()]
         if optimizer not in known:
             raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, known)}; take one")
@@ -135,7 +146,9 @@ class Distiller(pl.LightningModule):
                 align=config.align,
             )
         # One module for everything that is trained: what the optimiser, the EMA and the export look at.
-        self.trained = nn.ModuleDict({"student": student, "heads": heads})
+        built = nn.ModuleDict({name: make(student.dims) for name, make in (objectives or {}).items()})
+        self.trained = nn.ModuleDict({"student": student, "heads": heads, "objectives": built})
+        self.ema = None if ema_decay is None else WeightEMA(ema_decay, schedule=ema_schedule, warmup=ema_warmup)
         self.balance = balance if balance is not None else Equal()
         wanted = {tap for head in heads.values() for tap in head.adaptor.taps}
         self.taps = tuple(tap for tap in student.tap_names if tap in wanted)
@@ -145,10 +158,9 @@ class Distiller(pl.LightningModule):
         self.plan, self.shift, self.gradient_shares_every = Plan(stages or ()), shift, gradient_shares_every
         self.mosaics = {name: config.mosaic for name, config in teachers.items()}
         self.own_data = {name: config.own_data or [] for name, config in teachers.items()}
-        self.ema_decay = ema_decay
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
-        self.watch = FiniteWatch(self.names)
+        self.watch = FiniteWatch()
 
     @property
     def student(self) -> Student:
@@ -158,61 +170,41 @@ class Distiller(pl.LightningModule):
     def heads(self) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self.trained["heads"])
 
-    def views(self, images: Tensor, part: Part | None, names: Sequence[str], *key: object) -> Views:
-        """What student and teachers see of a batch.
+    @property
+    def objectives(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.trained["objectives"])
 
-        Args:
-            images: (B, 3, H, W) in [0, 1]. With shifts they have a margin.
-            part: of a training batch; None: the student sees the images as they are.
-            names: the teachers that look.
-            key: what the shifts follow from, beside the teacher; empty: no shifts, no margin.
-        """
-        resolution = sides(images) if part is None else (part.resolution, part.resolution)
-        if self.shift is None or not key:
-            own = resize(images, resolution, self.student.input.interpolation)
-            return Views(own, dict.fromkeys(names, images), dict.fromkeys(names))
-        stride, limit = self.student.input.stride, self.shift.limit
-        size = (images.shape[-2] - 2 * limit * stride, images.shape[-1] - 2 * limit * stride)
-        if min(size) < stride or (part is not None and size != resolution):
-            raise UserError(
-                f"data.margin: images of {sides(images)} pixels; valid: {limit * stride} pixels on each side of the "
-                f"student's {resolution} (shift.limit {limit} x its stride {stride}); set data.margin"
-            )
-        number = len(images)
-        shifts = {name: draw(self.shift, number, *key, name) for name in ("", *names)}  # "": the student's own
+    def frames(self, images: Tensor, part: Part | None = None, key: tuple[object, ...] = ()) -> Frames:
+        """The views of images (B, 3, H, W) in [0, 1]; with a key, those of a training step (see `agglom.frames`)."""
+        resolution, shift = None if part is None else part.resolution, self.shift if key else None
+        return Frames(images, self.student.input, resolution=resolution, shift=shift, key=key)
 
-        def window(name: str) -> Tensor:
-            corner = ((shifts[name] + limit) * stride).to(images.device, non_blocking=True)
-            return crop(images, corner, size)
-
-        apart = {n: (shifts[n] - shifts[""]).to(images.device, non_blocking=True) for n in names}
-        return Views(window(""), {name: window(name) for name in names}, {**apart})
-
-    def targets(self, views: Views, others: Sequence[str] = (), keys: Sequence[str] = ()) -> dict[str, Features]:
+    def targets(
+        self, frames: Frames, names: Sequence[str], others: Sequence[str] = (), keys: Sequence[str] = ()
+    ) -> dict[str, Features]:
         """Each teacher's normalised features of its view, without gradient.
 
         Args:
-            views: of the teachers that look.
+            frames: the views.
+            names: the teachers that look.
             others: teachers that look on another rank in this very step: they take part in the statistics here.
             keys: identify the images where teachers are remembered; validation images must have others than training's.
         """
-        resolution = sides(views.student)
+        resolution = sides(frames.student)
         grid = self.student.input.grid(resolution)
 
         def raw(name: str) -> Features:
             encoder = cast(Teacher, self.encoders[name])
-            if name not in views.teachers:
-                return nothing(encoder, views.student)
+            if name not in names:
+                return nothing(encoder, frames.student)
             run: Any = encoder
             if self.memories:  # the views never change, so neither do the features
                 run = partial(self.memories[name].features, encoder, keys=keys)
-            return look(
-                run, encoder.input, views.teachers[name], resolution=resolution, grid=grid, mosaic=self.mosaics[name]
-            )
+            view, mosaic = frames.view(name), self.mosaics[name]
+            return look(run, encoder.input, view, resolution=resolution, grid=grid, mosaic=mosaic)
 
-        looked = [name for name in self.names if name in views.teachers or name in others]
-        targets = {name: self.heads[name].targets(raw(name)) for name in looked}
-        return {name: targets[name] for name in views.teachers}
+        targets = {n: self.heads[n].targets(raw(n)) for n in self.names if n in names or n in others}
+        return {name: targets[name] for name in names}
 
     def losses(
         self, student: StudentFeatures, targets: dict[str, Features], shifts: dict[str, Tensor | None] | None = None
@@ -224,59 +216,76 @@ class Distiller(pl.LightningModule):
         """One forward pass; logs under `kind/` and returns the scalar loss."""
         images = batch["image"]
         training = kind == "train"
-        place = self._place(batch, batch_idx) if training else Place(list(self.names))
+        place = self._place(batch, batch_idx) if training else Place(self.names)
         key = (place.step, batch_idx, self.global_rank) if training else ()
-        views = self.views(images, batch.get("part") if training else None, place.names, *key)
+        frames = self.frames(images, batch.get("part") if training else None, key)
         keys = [f"{kind}/{key}" for key in batch["key"]] if self.memories else ()
-        targets = self.targets(views, place.others, keys)
+        targets = self.targets(frames, place.names, place.others, keys)
         with torch.no_grad() if place.frozen else nullcontext():
-            student = self.student(views.student, self.taps)
-        losses = self.losses(student, targets, views.shifts)
-        shape = (len(self.names), len(images))
+            student = self.student(frames.student, self.taps)
+        losses = self.losses(student, targets, {name: frames.offset(name) for name in targets})
+        per_image = torch.zeros(len(self.names), len(images), device=images.device)  # (T, B)
         rows = {name: self.heads[name].combine(found) for name, found in losses.items()}
-        absent = next(iter(rows.values())).detach().new_zeros(len(images))
-        per_image = torch.stack([rows.get(name, absent) for name in self.names])  # (T, B)
+        if rows:
+            per_image = torch.stack([rows.get(name, per_image[0]) for name in self.names])
         valid = torch.tensor([name in rows for name in self.names]).to(images.device, non_blocking=True)[:, None]
-        weights = self.balance(per_image, valid.expand(shape), self._own(batch, shape))
+        weights = self.balance(per_image, valid.expand_as(per_image), own_images(self.own_data, batch))
         if place.scales is not None:
             weights = weights * torch.tensor(place.scales).to(images.device, non_blocking=True)[:, None]
-        if training:
-            self.watch.update(per_image, place.step)
         terms = (weights * per_image).mean(1)  # (T,)
         loss = terms.sum() + self.balance.penalty()
-        self._log(kind, loss, losses, per_image, weights, targets, terms, student)
+        extra = self._objectives(batch, frames, student, place) if training and not place.frozen else {}
+        for weight, value in extra.values():
+            loss = loss + weight * value.mean()
+        if training:
+            self.watch.update({**rows, **{name: value for name, (_, value) in extra.items()}}, place.step)
+        self._log(kind, loss, losses, per_image, weights, targets, terms, student, extra)
         return loss
 
     def _place(self, batch: dict[str, Any], batch_idx: int) -> Place:
-        """Which part of the plan a training batch is, and what follows from it."""
-        step = self.global_step
-        index = self.plan.stage_at(step)
-        part: Part = batch.get("part") or Part(index, 0, 0, 0, len(batch["image"]))
-        if part.stage != index:
-            raise RuntimeError(f"a batch of stage {part.stage} at step {step}, which belongs to stage {index}")
-        stage, names = self.plan.stages[index], self.plan.teachers(index, part.partition, self.names)
-        frozen = step - self.plan.starts[index] < stage.freeze_steps
-        if self.plan.alone():
-            return Place(list(self.names), step=step, frozen=frozen)
-        micros, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        scales = self.plan.scales(index, part.partition, micros * ranks, self.names)
-        if self.balance.shares:  # an image that some of the stage's teachers see counts for their part of the whole
-            share = len(names) / len(self.plan.present(index, self.names))
-            scales = [scale * share for scale in scales]
-        micro = batch_idx % micros
-        parts = {slot(micro, rank, ranks) % len(self.plan.parts[index]) for rank in range(ranks)}
-        looking = {name for number in parts for name in self.plan.teachers(index, number, self.names)}
-        return Place(names, [n for n in self.names if n in looking - {*names}], step, frozen, scales)
+        """Where a training batch stands in the plan."""
+        micros, ranks = 1, 1
+        if not (self.plan.alone() and not self.objectives):
+            micros, ranks = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        part = batch.get("part")
+        return locate(
+            self.plan, part, self.names, step=self.global_step, micro=batch_idx % micros, micros=micros, ranks=ranks,
+            shares=self.balance.shares,
+        )  # fmt: skip
 
-    def _own(self, batch: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
-        """(T, B) bool: whether an image comes from a shard of the teacher's own data; None if nobody has any."""
-        if not any(self.own_data.values()):
-            return None
-        rows = [
-            [any(fnmatchcase(shard, pattern) for pattern in self.own_data[name]) for shard in batch["shard"]]
-            for name in self.names
-        ]
-        return torch.tensor(rows).view(shape).to(batch["image"].device, non_blocking=True)
+    def _objectives(
+        self, batch: dict[str, Any], frames: Frames, student: StudentFeatures, place: Place
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Name -> (weight, per-image loss) of the objectives that run at this step; the others are not called."""
+        running = {}
+        for name, objective in cast("dict[str, Objective]", self.objectives).items():
+            weight = objective.weight_at(place.step, self._total())
+            if not weight:
+                continue
+            first = steps(objective.start, self._total())
+            if place.step == first and place.micro == 0 and objective.copy_average:
+                self.ema.copy(self)
+
+            def snapshot(key: str, every: int | None, first: int = first, name: str = name) -> nn.Module:
+                due = place.step == first or (every is not None and (place.step - first) % every == 0)
+                return self.ema.snapshot(f"{name}/{key}", renew=due and place.micro == 0)
+
+            assert self.ema.average is not None
+            scene = Scene(
+                batch=batch,
+                features=student,
+                student=self.student,
+                average=self.ema.average,
+                frame=frames.of,
+                snapshot=snapshot,
+                step=place.step,
+            )
+            running[name] = weight, objective(scene)
+        return running
+
+    def _total(self) -> int:
+        """Optimiser steps of the run."""
+        return int(self.trainer.estimated_stepping_batches)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """At a stage's first step its statistics begin anew; while its heads settle, the trunk stands still."""
@@ -309,6 +318,7 @@ class Distiller(pl.LightningModule):
         targets: dict[str, Features],
         terms: Tensor,
         student: StudentFeatures,
+        extra: dict[str, tuple[float, Tensor]],
     ) -> None:
         """Queue the metrics; only in a step that is logged the host waits for the device."""
         training, every = kind == "train", self.trainer.log_every_n_steps
@@ -323,6 +333,10 @@ class Distiller(pl.LightningModule):
                 metrics |= {f"{kind}/{name}/{part}_loss": x.detach().mean() for part, x in losses[name].items()}
         if training:
             metrics |= self._diagnosis(weights, targets, terms, student)
+            for name, (weight, value) in extra.items():
+                metrics |= {f"train/{name}/loss": value.detach().mean(), f"train/{name}/weight": torch.tensor(weight)}
+                found = self.objectives[name].diagnosis()
+                metrics |= {f"train/{name}/{key}": number for key, number in found.items()}
         else:
             self.ranks["summary"].update(student.summary.flatten(1))
             self.ranks["spatial"].update(student.spatial.movedim(1, -1))
@@ -359,7 +373,7 @@ class Distiller(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(
             self.student,
-            list(self.heads.children()),
+            [*self.heads.children(), *self.objectives.children()],
             self.balance,
             lr=self.lr,
             weight_decay=self.weight_decay,
@@ -395,7 +409,7 @@ class Distiller(pl.LightningModule):
         return rate
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [] if self.ema_decay is None else [WeightEMA(self.ema_decay)]
+        return [] if self.ema is None else [self.ema]
 
     def on_fit_start(self) -> None:
         if self.device.type == "cpu":
@@ -406,59 +420,3 @@ class Distiller(pl.LightningModule):
         if batch["image"].dtype == torch.uint8:
             batch["image"] = batch["image"].float().div_(255)
         return batch
-
-
-class Place(NamedTuple):
-    """What a batch's place in the plan comes to.
-
-    Attributes:
-        names: the teachers that see it.
-        others: those that see another rank's batch of the same step.
-        step: optimiser steps before it.
-        frozen: whether only the heads learn.
-        scales: a factor for each teacher's mean loss, or None for 1.
-    """
-
-    names: list[str]
-    others: Sequence[str] = ()
-    step: int = 0
-    frozen: bool = False
-    scales: list[float] | None = None
-
-
-def nothing(encoder: Teacher, like: Tensor) -> Features:
-    """Features of no image."""
-    dims = encoder.dims
-    return Features(
-        None if dims.summary is None else like.new_zeros(0, dims.summary),
-        None if dims.spatial is None else like.new_zeros(0, dims.spatial, 1, 1),
-    )
-
-
-def teacher_weights(name: str, config: TeacherConfig) -> dict[str, float]:
-    weights = {}
-    for kind in ("summary", "spatial"):
-        given, has = getattr(config, f"{kind}_weight"), getattr(config.encoder.dims, kind) is not None
-        if given and not has:
-            raise UserError(
-                f"model.teachers.{name}.{kind}_weight: {given}, but {type(config.encoder).__name__} gives no {kind}; "
-                f"valid: 0; remove the key"
-            )
-        if given is not None and given < 0:
-            raise UserError(f"model.teachers.{name}.{kind}_weight: {given}; valid: >= 0")
-        weights[kind] = float(has) if given is None else given
-    if not any(weights.values()):
-        raise UserError(f"model.teachers.{name}: both weights are 0; raise one or remove the teacher")
-    return weights
-
-
-def summary_tokens(student: Student, teachers: dict[str, TeacherConfig]) -> dict[str, int]:
-    """Which summary token is whose: all share one, or each teacher with a summary loss has its own, in order."""
-    readers = [name for name, config in teachers.items() if teacher_weights(name, config)["summary"] > 0]
-    if student.dims.tokens not in (1, max(1, len(readers))):
-        raise UserError(
-            f"model.student.init_args.summary_tokens: {student.dims.tokens}; valid: 1 (shared) or {len(readers)} "
-            f"(one for each teacher with a summary loss: {', '.join(readers)})"
-        )
-    own = student.dims.tokens > 1
-    return {name: readers.index(name) if own and name in readers else 0 for name in teachers}

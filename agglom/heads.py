@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from agglom.adaptors import Adaptor
+from agglom.errors import UserError
 from agglom.features import Dims, Features, StudentFeatures, align, sides
 from agglom.objectives import Loss
 from agglom.shifts import move
+from agglom.students import Student
 from agglom.targets import Normalizer
 from agglom.targets.moments import Statistics
 from agglom.teachers import Teacher
@@ -154,3 +156,41 @@ def meet(
         # a cell counts only if nothing from outside the overlap has been mixed into it
         mask = align(mask[:, None].float(), grid)[:, 0] > 1 - 1e-4
     return align(prediction, grid), align(target, grid), mask
+
+
+def nothing(encoder: Teacher, like: Tensor) -> Features:
+    """Features of no image."""
+    dims = encoder.dims
+    return Features(
+        None if dims.summary is None else like.new_zeros(0, dims.summary),
+        None if dims.spatial is None else like.new_zeros(0, dims.spatial, 1, 1),
+    )
+
+
+def teacher_weights(name: str, config: TeacherConfig) -> dict[str, float]:
+    weights = {}
+    for kind in ("summary", "spatial"):
+        given, has = getattr(config, f"{kind}_weight"), getattr(config.encoder.dims, kind) is not None
+        if given and not has:
+            raise UserError(
+                f"model.teachers.{name}.{kind}_weight: {given}, but {type(config.encoder).__name__} gives no {kind}; "
+                f"valid: 0; remove the key"
+            )
+        if given is not None and given < 0:
+            raise UserError(f"model.teachers.{name}.{kind}_weight: {given}; valid: >= 0")
+        weights[kind] = float(has) if given is None else given
+    if not any(weights.values()):
+        raise UserError(f"model.teachers.{name}: both weights are 0; raise one or remove the teacher")
+    return weights
+
+
+def summary_tokens(student: Student, teachers: dict[str, TeacherConfig]) -> dict[str, int]:
+    """Which summary token is whose: all share one, or each teacher with a summary loss has its own, in order."""
+    readers = [name for name, config in teachers.items() if teacher_weights(name, config)["summary"] > 0]
+    if student.dims.tokens not in (1, max(1, len(readers))):
+        raise UserError(
+            f"model.student.init_args.summary_tokens: {student.dims.tokens}; valid: 1 (shared) or {len(readers)} "
+            f"(one for each teacher with a summary loss: {', '.join(readers)})"
+        )
+    own = student.dims.tokens > 1
+    return {name: readers.index(name) if own and name in readers else 0 for name in teachers}

@@ -26,7 +26,7 @@ def parameter_groups(
 
     Args:
         student: the backbone.
-        heads: of every teacher; they have the full learning rate.
+        heads: of every teacher and objective; they have the full learning rate.
         balance: may have parameters (uncertainty weighting).
         lr: the full learning rate.
         weight_decay: for the rest.
@@ -46,7 +46,7 @@ def parameter_groups(
         scale = 1.0 if layer_decay is None else layer_decay ** (depth - layers.get(name, 0))
         add(parameter, parameter.ndim > 1 and name not in exempt, scale)
     for head in heads:
-        own: set[str] = getattr(head.adaptor, "no_weight_decay", set)()
+        own: set[str] = getattr(getattr(head, "adaptor", head), "no_weight_decay", set)()
         for name, parameter in head.named_parameters():
             add(parameter, parameter.ndim > 1 and name.removeprefix("adaptor.") not in own)
     for parameter in balance.parameters():

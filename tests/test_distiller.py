@@ -13,6 +13,7 @@ from agglom.distiller import Distiller
 from agglom.errors import UserError
 from agglom.objectives import MSE
 from agglom.parameters import parameter_groups
+from agglom.place import own_images
 
 
 def build(tiny_student, tiny_teachers, names=(), **options):
@@ -227,13 +228,13 @@ def test_own_data_counts_for_its_teacher_alone(tiny_student, tiny_teachers):
     module = Distiller(tiny_student(summary_tokens=2), teachers, balance=TeacherDropping(p=0.0, own_data=True)).train()
     data = batch(4)
     data["shard"] = ["sa1b-000001.tar", "lvd-000003.tar", "web-000001.tar", "sa1b-000007.tar"]
-    own = module._own(data, (3, 4))
+    own = own_images(module.own_data, data)
     assert own.tolist() == [[False] * 4, [False, True, False, True], [True, False, False, True]]
     step(module, data)
     third = 1 / 3
     expected = torch.tensor([[0, 0, third, 0], [0, 1, third, 0.5], [1, 0, third, 0.5]])
     torch.testing.assert_close(module.balance._last[0], expected)
-    assert Distiller(tiny_student(summary_tokens=2), tiny_teachers())._own(data, (3, 4)) is None
+    assert own_images({"clip": [], "dino": []}, data) is None
 
 
 def test_the_student_sees_the_resolution_and_teachers_the_whole_size(tiny_student, tiny_teachers):
@@ -241,7 +242,7 @@ def test_the_student_sees_the_resolution_and_teachers_the_whole_size(tiny_studen
 
     module = build(tiny_student, tiny_teachers, student=tiny_student(summary_tokens=2))
     images = torch.rand(2, 3, 64, 64)
-    views = module.views(images, Part(0, 0, 32, 64, 2), ["clip"])
-    assert views.student.shape[-2:] == (32, 32) and views.teachers["clip"] is images
+    frames = module.frames(images, Part(0, 0, 32, 64, 2), (0,))
+    assert frames.student.shape[-2:] == (32, 32) and frames.view("clip") is images
     expected = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
-    torch.testing.assert_close(views.student, expected)
+    torch.testing.assert_close(frames.student, expected)

@@ -61,7 +61,7 @@ def distiller(tiny_student, tiny_teachers, kind, adaptor=MLPAdaptor):
     module = Distiller(student, tiny_teachers("clip", "dino", "sam"), adaptor=adaptor).train()
     for _ in range(2):  # statistics of teachers and of batch norms move off their initial values
         images = torch.rand(4, 3, 32, 32)
-        module.targets(module.views(images, None, module.names))
+        module.targets(module.frames(images), module.names)
         module.student(images)
     return module.eval()
 

@@ -121,13 +121,14 @@ def test_the_distiller_shows_shifted_windows_and_moves_the_prediction(tiny_stude
     module = Distiller(student, tiny_teachers("sam"), shift=ShiftOptions(std=2.0, limit=2), spatial_loss=MSE)
     images = torch.rand(6, 3, 64, 64)
     part = Part(0, 0, 32, 32, 6)
-    views = module.views(images, part, ["sam"], 3, 0, 0)
-    assert views.student.shape == views.teachers["sam"].shape == (6, 3, 32, 32)
-    mine, theirs = (torch.nn.functional.pixel_unshuffle(x, 8) for x in (views.student, views.teachers["sam"]))
-    ours, truth, mask = meet(mine, theirs, "teacher", views.shifts["sam"], (4, 4))
-    assert torch.equal(MSE()(ours, truth, mask), torch.zeros(6)) and views.shifts["sam"].unique().numel() > 2
-    still = module.views(images, None, ["sam"])
-    assert still.student is images and still.teachers["sam"] is images and still.shifts == {"sam": None}
+    frames = module.frames(images, part, (3, 0, 0))
+    assert frames.student.shape == frames.view("sam").shape == (6, 3, 32, 32)
+    mine, theirs = (torch.nn.functional.pixel_unshuffle(x, 8) for x in (frames.student, frames.view("sam")))
+    ours, truth, mask = meet(mine, theirs, "teacher", frames.offset("sam"), (4, 4))
+    assert torch.equal(MSE()(ours, truth, mask), torch.zeros(6)) and frames.offset("sam").unique().numel() > 2
+    assert not torch.equal(frames.offset("sam"), frames.offset("clip")) and not frames.offset("").any()
+    still = module.frames(images)
+    assert still.student is images and still.view("sam") is images and still.offset("sam") is None
 
 
 def test_a_missing_margin_is_one_line(tiny_student, tiny_teachers):
@@ -137,7 +138,7 @@ def test_a_missing_margin_is_one_line(tiny_student, tiny_teachers):
 
     module = Distiller(tiny_student(), tiny_teachers("sam"), shift=ShiftOptions(limit=1))
     with pytest.raises(UserError, match="data.margin: images of .32, 32. pixels; valid: 8 pixels on each side"):
-        module.views(torch.rand(1, 3, 32, 32), Part(0, 0, 32, 32, 1), ["sam"], 0)
+        module.frames(torch.rand(1, 3, 32, 32), Part(0, 0, 32, 32, 1), (0,))
 
 
 def test_heads_run_before_moving_and_aligning(tiny_student, tiny_teachers):

@@ -8,6 +8,7 @@ from typing import Any, Iterator
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from agglom.data.crops import MultiCrop
 from agglom.data.samples import collate
 from agglom.data.streams import TrainStream
 from agglom.plan import Plan, slot
@@ -25,10 +26,23 @@ class Batches(IterableDataset):
         micros: batches of an optimiser step (`trainer.accumulate_grad_batches`).
         first: number of the first batch, counted from the beginning of training.
         margin: pixels around the view on each side.
+        crops: what makes the batches' `crops`, or None for batches without them.
+        crops_start: the first optimiser step with crops; none are made before.
     """
 
-    def __init__(self, stream: TrainStream, plan: Plan, *, micros: int = 1, first: int = 0, margin: int = 0) -> None:
+    def __init__(
+        self,
+        stream: TrainStream,
+        plan: Plan,
+        *,
+        micros: int = 1,
+        first: int = 0,
+        margin: int = 0,
+        crops: MultiCrop | None = None,
+        crops_start: int = 0,
+    ) -> None:
         super().__init__()
+        self.crops, self.crops_start = crops, crops_start
         self.stream, self.plan, self.micros, self.margin = stream, plan, micros, margin
         self._first = torch.full((1,), first).share_memory_()  # workers of a second iteration see how far it is
 
@@ -49,5 +63,6 @@ class Batches(IterableDataset):
             part = self.plan.part(step, slot(micro, self.stream.rank, self.stream.world_size))
             if part.size and self.stream.transform is not None:
                 self.stream.transform.size = part.size + 2 * self.margin
-            # the stream transforms a sample when it is asked for it, so these have the size just set
+            self.stream.crops = self.crops if step >= self.crops_start else None
+            # the stream transforms a sample when it is asked for it, so these have the size and crops just set
             yield {**collate(list(islice(samples, part.batch_size))), "part": part}

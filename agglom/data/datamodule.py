@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from agglom.data.batches import Batches
+from agglom.data.crops import CropOptions, MultiCrop
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
 from agglom.data.samples import check_fields
@@ -37,7 +38,8 @@ class ShardDataModule(LightningDataModule):
 
     The training stream never ends: its length is set in steps (`trainer.max_steps`), and all its batches are full. A
     resumed run goes on with an order that it has not seen, not with a repetition of its first one. Training batches
-    also say which `part` of the plan they are (`agglom.plan.Part`).
+    also say which `part` of the plan they are (`agglom.plan.Part`), and from a step on they may have `crops`:
+    `{"global": uint8 (B, G, 3, global_size, global_size), "local": uint8 (B, L, 3, local_size, local_size)}`.
 
     Args:
         data: shard folder, or an address (`s3://`, `gs://`, `https://`, `pipe:`), written by `agglom data ...`.
@@ -57,6 +59,8 @@ class ShardDataModule(LightningDataModule):
             `stages`. Validation keeps to `size` and `batch_size`.
         margin: pixels that training images have around the view on each side, for crops that are shifted
             (`model.shift`).
+        crops: further crops of training images, for self-distillation; null for none. They are drawn apart from `view`,
+            which stays the same with and without them.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class ShardDataModule(LightningDataModule):
         prefetch: int = 2,
         stages: list[Stage] | None = None,
         margin: int = 0,
+        crops: CropOptions | None = None,
     ) -> None:
         super().__init__()
         limits = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "seed": (seed, 0)}
@@ -90,6 +95,9 @@ class ShardDataModule(LightningDataModule):
         self.train_view, self.val_view = TrainView(size=size, **asdict(view)), EvalView(size=size)
         self.plan = Plan(stages or (), size=size, batch_size=batch_size, seed=seed)
         self.margin = margin
+        if crops is not None and "image" not in self.fields:
+            raise UserError(f"data.crops: needs images, but data.fields: {list(self.fields)}; valid: with image; add it")
+        self.crops = None if crops is None else MultiCrop(crops)
         self.index: Index | None = None
         self._stream: TrainStream | None = None
         self._samples_before = 0  # when the batches were this many:
@@ -99,7 +107,7 @@ class ShardDataModule(LightningDataModule):
         """Read the index and see that the layout works.
 
         Raises:
-            UserError: see `read_index`, `check_fields` and `validate_layout`.
+            UserError: see `read_index`, `check_fields`, `validate_layout` and `crops_start`.
         """
         self.index = read_index(self.data)
         if stage in (None, "fit"):
@@ -109,6 +117,7 @@ class ShardDataModule(LightningDataModule):
             if problems:
                 raise UserError("; ".join(problems))
             check_fields(self.index, self.train_split, self.fields)
+            _ = self.crops_start  # an open end is refused here, not in the middle of the loop's own set-up
         if self.val_split is not None:
             check_fields(self.index, self.val_split, self.fields)
 
@@ -125,7 +134,15 @@ class ShardDataModule(LightningDataModule):
             start=self.samples_seen,
         )
         return Loader(
-            Batches(self._stream, self.plan, micros=self.micros, first=self._batches(), margin=self.margin),
+            Batches(
+                self._stream,
+                self.plan,
+                micros=self.micros,
+                first=self._batches(),
+                margin=self.margin,
+                crops=self.crops,
+                crops_start=self.crops_start or 0,
+            ),
             num_workers=self.num_workers,
             prefetch=self.prefetch,
             pin_memory=self._accelerated(),
@@ -156,6 +173,17 @@ class ShardDataModule(LightningDataModule):
     def micros(self) -> int:
         """Batches of an optimiser step, 1 without a trainer."""
         return self.trainer.accumulate_grad_batches if self.trainer else 1
+
+    @property
+    def crops_start(self) -> int | None:
+        """The first optimiser step whose batches have crops, None where none have.
+
+        Raises:
+            UserError: it is a fraction, and there is no trainer with `max_steps`.
+        """
+        if self.crops is None:
+            return None
+        return self.crops.options.first_step(self.trainer.max_steps if self.trainer else None)
 
     @property
     def samples_seen(self) -> int:

@@ -98,13 +98,15 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and
-        `seg` uint8 (B, H, W) where all have one size, else lists of tensors.
+        `seg` uint8 (B, H, W) where all have one size, else lists of tensors; a mapping's values (`crops`) likewise.
     """
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
         if name == "cls":
             batch[name] = torch.tensor(values)
+        elif isinstance(values[0], Mapping):
+            batch[name] = collate(values)
         elif isinstance(values[0], Tensor) and len({value.shape for value in values}) == 1:
             batch[name] = torch.stack(values)
         else:

@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from agglom.data.crops import MultiCrop
 from agglom.data.index import Index, ShardInfo, open_read, read_index
 from agglom.data.samples import check_fields, decode_sample
 from agglom.data.views import View
@@ -179,8 +180,8 @@ class Stream(IterableDataset):
         except Exception as err:  # open, network, exit status of a pipe
             handler(err)
 
-    def _decode(self, raw: dict[str, Any], slot: Slot, generator: torch.Generator | None) -> dict[str, Any] | None:
-        """The decoded, transformed sample, or None for a bad one."""
+    def _decode(self, raw: dict[str, Any], slot: Slot) -> dict[str, Any] | None:
+        """The decoded sample, or None for a bad one."""
         try:
             sample = decode_sample(raw, self.fields)
         except Exception as err:
@@ -188,6 +189,9 @@ class Stream(IterableDataset):
             self._account(slot, 1, reason)
             return None
         self._counts[slot.worker % MAX_WORKERS, 0] += 1
+        return sample
+
+    def _view(self, sample: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
         return self.transform.sample(sample, generator) if self.transform else sample
 
     def _account(self, slot: Slot, number: int, reason: str) -> None:
@@ -211,13 +215,19 @@ class Stream(IterableDataset):
 
 
 class TrainStream(Stream):
-    """See `train_stream`."""
+    """See `train_stream`.
+
+    Attributes:
+        crops: what makes `crops` of each decoded image, beside the transformed one; None (at first) for no crops. May
+            change between two samples.
+    """
 
     def __init__(self, *common: Any, seed: int, shuffle: int, start: int) -> None:
         super().__init__(*common)
         if min(seed, start, shuffle) < 0:
             raise UserError(f"seed {seed}, start {start}, shuffle {shuffle}: valid: 0 or more")
         self.seed, self.shuffle, self.start = seed, shuffle, start
+        self.crops: MultiCrop | None = None
         self._round = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def begin(self) -> None:
@@ -235,6 +245,8 @@ class TrainStream(Stream):
             )
         here = [self.seed, self.start, int(self._round)]
         generator = torch.Generator().manual_seed(_seed(here, 0, slot.number))
+        # crops have their own, so that the views stay what they are without crops
+        crop_generator = torch.Generator().manual_seed(_seed(here, 3, slot.number))
         # a buffer longer than a pass would only read everything several times before the first sample
         buffer = max(1, min(self.shuffle, self.total // slot.total))
         raws = self._endless(slot, here)
@@ -242,8 +254,10 @@ class TrainStream(Stream):
             rng = random.Random(_seed(here, 1, slot.number))
             raws = shuffle_buffer(buffer, initial=buffer, rng=rng)(raws)
         for raw in raws:
-            if (sample := self._decode(raw, slot, generator)) is not None:
-                yield sample
+            if (sample := self._decode(raw, slot)) is None:
+                continue
+            crops = {"crops": self.crops(sample["image"], crop_generator)} if self.crops else {}
+            yield {**self._view(sample, generator), **crops}
 
     def _endless(self, slot: Slot, here: list[int]) -> Iterator[dict[str, Any]]:
         number = 0
@@ -289,6 +303,6 @@ class EvalStream(Stream):
             damage: list[str] = []
             position = -1
             for position, raw in enumerate(self._raw(shard, stop, damage)):
-                if position >= first and (sample := self._decode(raw, slot, None)) is not None:
-                    yield sample
+                if position >= first and (sample := self._decode(raw, slot)) is not None:
+                    yield self._view(sample, None)
             self._short(slot, shard, stop - max(first, position + 1), damage)

@@ -3,6 +3,7 @@
 from agglom.objectives.angle import AngleBalanced
 from agglom.objectives.base import Loss
 from agglom.objectives.pointwise import MSE, Cosine, CosineSmoothL1, DampenedMSE, FlattenedCosineSmoothL1, SmoothL1
+from agglom.objectives.prototypes import Center, PrototypeHead
 from agglom.objectives.relation import ARKD, RKD, Gram
 
 __all__ = [
@@ -10,11 +11,13 @@ __all__ = [
     "MSE",
     "RKD",
     "AngleBalanced",
+    "Center",
     "Cosine",
     "CosineSmoothL1",
     "DampenedMSE",
     "FlattenedCosineSmoothL1",
     "Gram",
     "Loss",
+    "PrototypeHead",
     "SmoothL1",
 ]

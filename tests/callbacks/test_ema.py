@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from agglom.callbacks import WeightEMA
+from agglom.callbacks.ema import update_average
 
 
 class Toy(pl.LightningModule):
@@ -100,7 +101,8 @@ def test_a_restored_average_goes_on_where_it_was(quiet_trainer, tmp_path):
     resumed, second = WeightEMA(0.5), Toy()
     resumed.load_state_dict(next(v for k, v in saved.items() if "WeightEMA" in k))
     second.trained.load_state_dict(first.trained.state_dict())
-    resumed.on_fit_start(types.SimpleNamespace(global_step=2), second)
+    resumed.on_fit_start(types.SimpleNamespace(global_step=0, max_steps=4), second)
+    resumed.on_train_start(types.SimpleNamespace(global_step=2), second)
     second.trained.load_state_dict(whole.history[3])
     resumed.on_train_batch_end(types.SimpleNamespace(global_step=3), second)
     second.trained.load_state_dict(whole.history[4])
@@ -112,7 +114,7 @@ def test_a_restored_average_goes_on_where_it_was(quiet_trainer, tmp_path):
 def test_exchange_twice_is_nothing():
     toy, ema = Toy(), WeightEMA(0.9)
     ema.exchange(toy)  # before training there is no average
-    ema.on_fit_start(types.SimpleNamespace(global_step=0), toy)
+    ema.on_fit_start(types.SimpleNamespace(global_step=0, max_steps=1), toy)
     nn.init.ones_(toy.trained[0].weight)
     before = copy.deepcopy(toy.trained.state_dict())
     ema.exchange(toy)
@@ -121,7 +123,35 @@ def test_exchange_twice_is_nothing():
     assert all(torch.equal(value, toy.trained.state_dict()[key]) for key, value in before.items())
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
+@pytest.mark.parametrize("decay", [-0.1, 1.5])
 def test_decay_out_of_range(decay):
-    with pytest.raises(ValueError, match="valid: 0 <= decay < 1"):
+    with pytest.raises(ValueError, match="valid: 0 <= decay <= 1"):
         WeightEMA(decay)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.9996, 1.0])
+def test_one_update_is_the_formula(decay):
+    """To 1e-7, and exactly where it copies (0) or freezes (1); buffers are always copied."""
+    torch.manual_seed(0)
+    average, weights = Toy().trained, Toy().trained
+    for p in weights.parameters():
+        nn.init.normal_(p)
+    weights[1].running_mean.fill_(3.0)
+    before = {k: v.double() for k, v in snapshot(average).items()}
+    update_average(average, weights, decay)
+    for key, value in average.named_parameters():
+        theirs = dict(weights.named_parameters())[key]
+        expected = decay * before[key] + (1 - decay) * theirs.double()
+        torch.testing.assert_close(value.double(), expected, rtol=1e-7, atol=1e-7)
+        if decay in (0.0, 1.0):
+            assert torch.equal(value, theirs if decay == 0 else before[key].float())
+    assert torch.equal(average[1].running_mean, weights[1].running_mean)
+
+
+def test_decay_schedules(quiet_trainer):
+    """Cosine: 1 - (1 - m)(1 + cos(pi k / K)) / 2, so half-way there in the middle and 1 at the end."""
+    ema = WeightEMA(0.9, schedule="cosine")
+    quiet_trainer(max_steps=4, callbacks=[ema]).fit(Toy(), batches(4))
+    assert [ema.decay_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
+    assert [WeightEMA(0.5).decay_at(step) for step in (1, 3, 100)] == pytest.approx([0.1, 0.25, 0.5])
+    assert [WeightEMA(0.5, warmup=False).decay_at(step) for step in (1, 100)] == [0.5, 0.5]

@@ -1,0 +1,7 @@
+"""Objectives beside the frozen teachers: what the student's own average, and more views of an image, can teach it."""
+
+from agglom.selfdistill.base import Objective, Scene
+from agglom.selfdistill.gram import GramAnchor
+from agglom.selfdistill.mesa import Mesa
+
+__all__ = ["GramAnchor", "Mesa", "Objective", "Scene"]

@@ -1,0 +1,104 @@
+"""What every objective beside the frozen teachers promises, and what it can look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from agglom.errors import UserError
+from agglom.features import Dims, StudentFeatures
+
+When = int | float
+
+
+@dataclass
+class Scene:
+    """A training step as an objective sees it.
+
+    Attributes:
+        batch: as the data module made it, images in [0, 1].
+        features: the student's, of the view that it shares with the frozen teachers; with gradient.
+        student: the student, for further views.
+        average: an EMA copy of all that is trained: `average["student"]`, and `average["objectives"][name]` for the
+            heads of an objective. No gradient.
+        frame: name -> (view (B, 3, r, r), shift (B, 2) in cells of the student's grid or None): a view of the same
+            images in a frame of its own, see `agglom.shifts`.
+        snapshot: (name, every) -> a copy of the averaged student, taken at the objective's first step and again every
+            so many steps (None: never).
+        step: optimiser steps before this one.
+    """
+
+    batch: dict[str, Any]
+    features: StudentFeatures
+    student: nn.Module
+    average: nn.ModuleDict
+    frame: Callable[[str], tuple[Tensor, Tensor | None]]
+    snapshot: Callable[[str, int | None], nn.Module]
+    step: int
+
+
+class Objective(nn.Module):
+    """A term of the total loss beside the frozen teachers: a loss an image, from the student and its average.
+
+    Built as `SomeObjective(student, **options)`. A subclass implements `forward`. Heads that it has are trained and
+    averaged with the student. While its weight is 0 (before `start`, from `stop` on) it isn't called at all.
+
+    Args:
+        student: widths of the student.
+        weight: of the mean over images in the total.
+        start: first optimiser step, as a number of steps or as a fraction of the run (a float below 1).
+        ramp: steps over which the weight grows in a line from 0 to `weight`; the first of them has weight / ramp.
+        stop: the step from which it no longer runs; left out: to the end.
+        copy_average: at its first step the average becomes a copy of the student (SigLIP 2).
+
+    Raises:
+        UserError: a negative weight or ramp, a start or stop out of order.
+    """
+
+    def __init__(
+        self,
+        student: Dims,
+        *,
+        weight: float = 1.0,
+        start: When = 0,
+        ramp: int = 0,
+        stop: When | None = None,
+        copy_average: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("start", start), ("ramp", ramp), ("stop", stop)):
+            if value is not None and value < 0:
+                raise UserError(f"{name}: {value}; valid: >= 0; change it")
+        if stop is not None and type(stop) is type(start) and stop <= start:
+            raise UserError(f"stop: {stop}; valid: after start {start}; change one")
+        self.weight, self.start, self.ramp, self.stop = weight, start, ramp, stop
+        self.copy_average = copy_average
+
+    def weight_at(self, step: int, total: int) -> float:
+        """Its weight at an optimiser step of a run of `total` steps."""
+        first = steps(self.start, total)
+        if step < first or (self.stop is not None and step >= steps(self.stop, total)):
+            return 0.0
+        return self.weight * (min(1.0, (step - first + 1) / self.ramp) if self.ramp else 1.0)
+
+    def forward(self, scene: Scene) -> Tensor:
+        """The loss of each image, (B,) float32."""
+        raise NotImplementedError
+
+    def diagnosis(self) -> dict[str, Tensor]:
+        """Scalars of the last step for the log, without gradient."""
+        return {}
+
+
+def steps(when: When, total: int) -> int:
+    """A number of steps, or a fraction of `total`."""
+    return round(when * total) if isinstance(when, float) and when <= 1 else int(when)
+
+
+def layer_norm(spatial: Tensor) -> Tensor:
+    """(B, C, H, W) -> the same, each token with mean 0 and variance 1 over its channels; float32, no affine part."""
+    last = spatial.float().movedim(1, -1)
+    return torch.nn.functional.layer_norm(last, last.shape[-1:]).movedim(-1, 1)
