@@ -159,6 +159,7 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     yield from _shards(data, trainer)
     stages = _read_stages(config.get("stages"))
     yield from _plan(stages, model, data, trainer)
+    yield from _objectives(model, trainer)
     yield from _models(model, data, stages)
 
 
@@ -199,6 +200,33 @@ def _plan(stages: list[Stage], model: dict[str, Any], data: dict[str, Any], trai
         )
     if model.get("remember_teachers") is True:
         yield "model.remember_teachers: true; valid: false, since stages change the views; remove the key"
+
+
+def _objectives(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
+    """Objectives beside the teachers: the average that they learn from, their names, their place in the run."""
+    objectives, teachers = _section(model, "objectives"), _section(model, "teachers")
+    if not objectives:
+        return
+    if "ema_decay" in model and model["ema_decay"] is None:
+        yield "model.ema_decay: null, but model.objectives need an average; valid: 0 <= decay < 1; set it"
+    if teachers and model.get("ema_schedule") == "cosine" and model.get("ema_anneal_anyway") is not True:
+        yield (
+            "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 it "
+            "no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
+        )
+    total = trainer.get("max_steps")
+    for name, entry in objectives.items():
+        if name in teachers:
+            yield f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one"
+        start = (_section(entry, "init_args") if isinstance(entry, dict) else {}).get("start")
+        late = isinstance(start, float) and start >= 1
+        if isinstance(start, int) and not isinstance(start, bool) and isinstance(total, int) and total > 0:
+            late = start >= total
+        if late:
+            yield (
+                f"model.objectives.{name}.init_args.start: {start}; valid: less than trainer.max_steps {total}, or a "
+                f"fraction below 1; lower it"
+            )
 
 
 def _world(trainer: dict[str, Any]) -> int:

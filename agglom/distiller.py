@@ -82,6 +82,8 @@ class Distiller(pl.LightningModule):
         ema_decay: of the averaged weights that are validated, exported and asked by objectives; null for none.
         ema_schedule: of the decay: fixed, or by a cosine up to 1.
         ema_warmup: let a fixed decay begin low (see `agglom.callbacks.WeightEMA`).
+        ema_anneal_anyway: allow a cosine decay beside frozen teachers, which is refused otherwise: as it nears 1, an
+            average that objectives learn from stops following what the teachers still teach the student (SILC).
         remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
             only for training without random crops and flips.
 
@@ -114,6 +116,7 @@ class Distiller(pl.LightningModule):
         ema_decay: float | None = 0.999,
         ema_schedule: EMASchedule = "fixed",
         ema_warmup: bool = True,
+        ema_anneal_anyway: bool = False,
         remember_teachers: bool = False,
     ) -> None:
         super().__init__()
@@ -121,6 +124,11 @@ class Distiller(pl.LightningModule):
             raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
         if objectives and ema_decay is None:
             raise UserError("model.ema_decay: null, but model.objectives need an average; valid: 0 to 1; set it")
+        if objectives and teachers and ema_schedule == "cosine" and not ema_anneal_anyway:
+            raise UserError(
+                "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 "
+                "it no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
+            )
         for name in set(objectives or ()) & set(teachers):
             raise UserError(f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one")
         known = [str(name) for name in list_optimizers()]
@@ -228,7 +236,8 @@ class Distiller(pl.LightningModule):
         rows = {name: self.heads[name].combine(found) for name, found in losses.items()}
         if rows:
             per_image = torch.stack([rows.get(name, per_image[0]) for name in self.names])
-        valid = torch.tensor([name in rows for name in self.names]).to(images.device, non_blocking=True)[:, None]
+        here = torch.tensor([name in rows for name in self.names], dtype=torch.bool)
+        valid = here.to(images.device, non_blocking=True)[:, None]
         weights = self.balance(per_image, valid.expand_as(per_image), own_images(self.own_data, batch))
         if place.scales is not None:
             weights = weights * torch.tensor(place.scales).to(images.device, non_blocking=True)[:, None]

@@ -235,6 +235,30 @@ BROKEN = {
         },
         ["model.student.cropped_positions: ", "resnet10t"],
     ),
+    "objective past the end": (
+        {"model.objectives": {"mesa": {"class_path": "agglom.selfdistill.Mesa", "init_args": {"start": 3000}}}},
+        ["model.objectives.mesa.init_args.start: 3000; valid: less than trainer.max_steps 3000"],
+    ),
+    "objective without average": (
+        {"model.objectives": {"mesa": {"class_path": "agglom.selfdistill.Mesa"}}, "model.ema_decay": None},
+        ["model.ema_decay: null", "set it"],
+    ),
+    "annealed average": (
+        {"model.objectives": {"mesa": {"class_path": "agglom.selfdistill.Mesa"}}, "model.ema_schedule": "cosine"},
+        ["model.ema_schedule: cosine", "no longer follows", "ema_anneal_anyway: true"],
+    ),
+    "objective named like a teacher": (
+        {"model.objectives": {"sam": {"class_path": "agglom.selfdistill.Mesa"}}},
+        ["model.objectives.sam: also the name of a teacher"],
+    ),
+    "unknown objective": (
+        {"model.objectives": {"mesa": {"class_path": "agglom.selfdistill.Messa"}}},
+        ["model.objectives.mesa.class_path: agglom.selfdistill.Messa", "did you mean agglom.selfdistill.Mesa?"],
+    ),
+    "option of an objective": (
+        {"model.objectives": {"g": {"class_path": "agglom.selfdistill.GramAnchor", "init_args": {"scala": 2}}}},
+        ["model.objectives.g.init_args.scala: unknown key", "did you mean scale?"],
+    ),
     "output below a file": (
         {"trainer.default_root_dir": "data/scenes/index.json/run"},
         ["default_root_dir", "is no folder"],

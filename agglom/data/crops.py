@@ -39,8 +39,8 @@ class CropOptions:
         ratio: least and greatest width / height of a crop before it is resized to a square.
         flip: probability of mirroring left and right.
         jitter: probability of colour jitter.
-        strengths: of the jitter in brightness, contrast and saturation (a factor from 1 - s to 1 + s) and in hue (a turn
-            of -s to s, at most 0.5); 0 leaves one out.
+        strengths: of the jitter in brightness, contrast and saturation (a factor from 1 - s to 1 + s) and in hue (a
+            turn of -s to s, at most 0.5). 0 leaves one out; hue takes half of the crops' whole time.
         grayscale: probability of taking the colours away.
         blur: probability of a Gaussian blur.
         sigma: least and greatest standard deviation of the blur, in pixels of the crop.
@@ -134,9 +134,9 @@ class MultiCrop:
         if found := list(problems(options)):
             raise UserError("; ".join(found))
         self.options = options
-        shape = {"ratio": options.ratio, "flip": options.flip}
-        self.global_view = TrainView(size=options.global_size, scale=options.global_scale, **shape)
-        self.local_view = TrainView(size=options.local_size, scale=options.local_scale, **shape)
+        ratio, flip = options.ratio, options.flip
+        self.global_view = TrainView(size=options.global_size, scale=options.global_scale, ratio=ratio, flip=flip)
+        self.local_view = TrainView(size=options.local_size, scale=options.local_scale, ratio=ratio, flip=flip)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw the crops of an image, all from `generator` (or torch's global one).

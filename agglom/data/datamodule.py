@@ -96,7 +96,7 @@ class ShardDataModule(LightningDataModule):
         self.plan = Plan(stages or (), size=size, batch_size=batch_size, seed=seed)
         self.margin = margin
         if crops is not None and "image" not in self.fields:
-            raise UserError(f"data.crops: needs images, but data.fields: {list(self.fields)}; valid: with image; add it")
+            raise UserError(f"data.fields: {list(self.fields)}; valid: with image, as data.crops needs it; add it")
         self.crops = None if crops is None else MultiCrop(crops)
         self.index: Index | None = None
         self._stream: TrainStream | None = None

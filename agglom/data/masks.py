@@ -25,12 +25,12 @@ class Positions(NamedTuple):
     """Masked patches of a batch as lists of one length M, whatever the mask.
 
     Attributes:
-        index: int64 (M,), into the B x H x W patches in a row; rising, then 0 where not valid.
+        patch: int64 (M,), place among the B x H x W patches in a row; rising, then 0 where not valid.
         image: int64 (M,), which of the B images; 0 where not valid.
         valid: bool (M,), False in what fills the lists up.
     """
 
-    index: Tensor
+    patch: Tensor
     image: Tensor
     valid: Tensor
 
@@ -45,11 +45,11 @@ def block_masks(
 ) -> Tensor:
     """Masks of `count` images.
 
-    `share` of the images, to the nearest whole number, are masked. Their ratios are spread evenly: the range is cut into
-    as many equal parts as there are masked images, and each part gives one ratio, drawn in it. Which image has which is
-    random. An image with ratio r has round(r x H x W) masked patches (at least 1), seldom a few less: every masked patch
-    is part of a block that is masked as a whole, of LEAST or more patches (where less than that are wanted: of any
-    number), and when nothing more fits after TRIES blocks, the rest is left.
+    `share` of the images, to the nearest whole number, are masked. Their ratios are spread evenly: the range is cut
+    into as many equal parts as there are masked images, and each part gives one ratio, drawn in it. Which image has
+    which is random. An image of ratio r has round(r x H x W) masked patches (at least 1), sometimes up to LEAST - 1
+    less: every masked patch belongs to a block of LEAST or more patches that is masked as a whole (where less than that
+    are wanted: of any number), and what no block fits into after TRIES of them is left.
 
     Args:
         count: images.
@@ -88,7 +88,7 @@ def most_masked(
 def positions(mask: Tensor, *, share: float = 0.5, ratio: tuple[float, float] = (0.1, 0.5)) -> Positions:
     """Where the masked patches are, in lists of `most_masked` entries: their shape depends on the options alone.
 
-    A loss can gather with `index` and weight with `valid`; nothing waits for the accelerator to say how many there are.
+    A loss can gather with `patch` and weight with `valid`; nothing waits for the accelerator to say how many there are.
 
     Args:
         mask: bool (B, H, W) of `block_masks`, on any device.
@@ -105,10 +105,10 @@ def positions(mask: Tensor, *, share: float = 0.5, ratio: tuple[float, float] = 
             f"mask: {int(flat.sum())} masked patches; valid: at most {length} with share {share} and ratio "
             f"{tuple(ratio)}; give the options that the mask was made with"
         )
-    index = torch.argsort(~flat, stable=True)[:length]  # masked ones first, in their order
-    valid = flat[index]
-    index = index * valid
-    return Positions(index, index // (height * width), valid)
+    patch = torch.argsort(~flat, stable=True)[:length]  # masked ones first, in their order
+    valid = flat[patch]
+    patch = patch * valid
+    return Positions(patch, patch // (height * width), valid)
 
 
 def _check(count: int, grid: tuple[int, int], share: float, ratio: tuple[float, float]) -> None:
