@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Sequence, cast
@@ -41,6 +42,8 @@ from agglom.students import Student, attend_plainly
 from agglom.targets import Memory, Standardize
 from agglom.targets.moments import Statistics
 from agglom.teachers import Teacher
+
+log = logging.getLogger("agglom.fit")
 
 ObjectiveFactory = Callable[[Dims], Objective]
 
@@ -287,7 +290,10 @@ class Distiller(pl.LightningModule):
                 average=self.ema.average,
                 frame=frames.of,
                 snapshot=snapshot,
+                own=cast(nn.ModuleDict, self.ema.average["objectives"])[name],
                 step=place.step,
+                since=place.step - first,
+                key=frames.key,
             )
             running[name] = weight, objective(scene)
         return running
@@ -343,9 +349,14 @@ class Distiller(pl.LightningModule):
         if training:
             metrics |= self._diagnosis(weights, targets, terms, student)
             for name, (weight, value) in extra.items():
+                objective = cast(Objective, self.objectives[name])
                 metrics |= {f"train/{name}/loss": value.detach().mean(), f"train/{name}/weight": torch.tensor(weight)}
-                found = self.objectives[name].diagnosis()
+                found = objective.diagnosis()
                 metrics |= {f"train/{name}/{key}": number for key, number in found.items()}
+                numbers = {key: float(number) for key, number in found.items()}
+                since = self.global_step - steps(objective.start, self._total())
+                for line in objective.alarms(numbers, since):
+                    log.warning("step %d: model.objectives.%s: %s", self.global_step, name, line)
         else:
             self.ranks["summary"].update(student.summary.flatten(1))
             self.ranks["spatial"].update(student.spatial.movedim(1, -1))
@@ -428,4 +439,6 @@ class Distiller(pl.LightningModule):
         """Pixels travel as uint8 and become floats in [0, 1] on the device."""
         if batch["image"].dtype == torch.uint8:
             batch["image"] = batch["image"].float().div_(255)
+        if "crops" in batch:
+            batch["crops"] = {kind: x.float().div_(255) for kind, x in batch["crops"].items()}
         return batch

@@ -5,6 +5,6 @@ if __name__ == "students":
 
 from agglom.students.base import Student
 from agglom.students.spectral import fold_spectral
-from agglom.students.timm import TimmStudent, attend_plainly
+from agglom.students.timm import TimmStudent, attend_plainly, masked_patches
 
-__all__ = ["Student", "TimmStudent", "attend_plainly", "fold_spectral"]
+__all__ = ["Student", "TimmStudent", "attend_plainly", "fold_spectral", "masked_patches"]

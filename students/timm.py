@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import timm
 import torch
@@ -198,6 +199,33 @@ def _build(name: str, *, pretrained: bool, checkpoint: str | None, options: dict
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise UserError(f"student {name} with kwargs {options}: {reason}") from err
     return model
+
+
+@contextmanager
+def masked_patches(student: Student, mask: Tensor, token: Tensor) -> Iterator[None]:
+    """While it lasts, the student sees `token` in place of the patches under the mask (BEiT, iBOT).
+
+    Args:
+        student: a ViT.
+        mask: (B, H, W) bool, of the images that it will see.
+        token: (1, 1, D), what stands for a masked patch, before positions are added.
+
+    Raises:
+        UserError: the student has no patches (a CNN).
+    """
+    embed = getattr(student.backbone, "patch_embed", None)
+    if embed is None:
+        raise UserError(f"{type(student.backbone).__name__} has no patches to mask; valid: a ViT; take another student")
+
+    def replace(module: nn.Module, args: Any, patches: Tensor) -> Tensor:
+        here = mask if patches.ndim == 4 else mask.flatten(1)  # (B, H, W, D) where the size is free, else (B, N, D)
+        return torch.where(here.unsqueeze(-1), token.to(patches.dtype), patches)
+
+    hook = embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def attend_plainly(module: nn.Module) -> None:

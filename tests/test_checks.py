@@ -93,6 +93,7 @@ def put(config, path, value):
 
 
 ENCODER = "model.teachers.clip.encoder"
+DINO = {"model.objectives": {"views": {"class_path": "agglom.selfdistill.Dino", "init_args": {"prototypes": 64}}}}
 FREE = {"model.remember_teachers": False}
 DYNAMIC = {
     "model.student.init_args.name": "vit_tiny_patch16_224",
@@ -258,6 +259,52 @@ BROKEN = {
     "option of an objective": (
         {"model.objectives": {"g": {"class_path": "agglom.selfdistill.GramAnchor", "init_args": {"scala": 2}}}},
         ["model.objectives.g.init_args.scala: unknown key", "did you mean scale?"],
+    ),
+    "self-distillation without crops": (
+        DINO,
+        ["model.objectives.views: needs crops; valid: data.crops:"],
+    ),
+    "local crop larger than the global": (
+        {**DINO, **DYNAMIC, "data.crops": {"global_size": 32, "local_size": 64}},
+        ["data.crops.local_size: 64; valid: at most global_size 32"],
+    ),
+    "crops and stride": (
+        {**DINO, **DYNAMIC, "data.crops": {"global_size": 64, "local_size": 40}},
+        ["data.crops.local_size: 40 is not divisible by the student's stride 16"],
+    ),
+    "late crops": (
+        {**DINO, **DYNAMIC, "data.crops": {"global_size": 64, "local_size": 32, "start": 5}},
+        ["data.crops.start: 5; valid: at most 0, when model.objectives.views starts"],
+    ),
+    "crops for nobody": (
+        {**DYNAMIC, "data.crops": {"global_size": 64, "local_size": 32}},
+        ["data.crops: no objective looks at crops", "remove the section"],
+    ),
+    "masks on a CNN": (
+        {
+            "model.student.init_args": {"name": "resnet10t"},
+            "data.crops": {"global_size": 64, "local_size": 32},
+            "model.objectives": {
+                "views": {
+                    "class_path": "agglom.selfdistill.Dino",
+                    "init_args": {"prototypes": 64, "ibot_weight": 1.0},
+                }
+            },
+        },
+        ["model.objectives.views: masks patches, which a CNN doesn't have; valid: a ViT"],
+    ),
+    "temperature of an objective": (
+        {
+            **DYNAMIC,
+            "data.crops": {"global_size": 64, "local_size": 32},
+            "model.objectives": {
+                "views": {
+                    "class_path": "agglom.selfdistill.Dino",
+                    "init_args": {"prototypes": 64, "teacher_temperature": 0},
+                }
+            },
+        },
+        ["model.objectives.views.init_args.teacher_temperature: 0; valid: > 0"],
     ),
     "output below a file": (
         {"trainer.default_root_dir": "data/scenes/index.json/run"},

@@ -64,12 +64,13 @@ class PrototypeHead(nn.Module):
         """The last layer: (K, bottleneck) fp32 rows of norm 1."""
         return F.normalize(widen(self.directions), dim=-1, eps=EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., K) fp32 logits in [-1, 1]."""
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """(..., D) -> (..., K) fp32 logits in [-1, 1]; no gradient to the prototypes while `frozen`."""
         x = self.mlp(x)
         # a teacher divides its logits by 0.04: bf16's 2^-8 would be 0.1 in the exponent
         with no_autocast(x.device):
-            return F.linear(F.normalize(widen(x), dim=-1, eps=EPS), self.weight)
+            rows = self.weight.detach() if frozen else self.weight
+            return F.linear(F.normalize(widen(x), dim=-1, eps=EPS), rows)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Objectives beside the frozen teachers: what the student's own average, and more views of an image, can teach it."""
 
 from agglom.selfdistill.base import Objective, Scene
+from agglom.selfdistill.dino import Dino
 from agglom.selfdistill.gram import GramAnchor
 from agglom.selfdistill.mesa import Mesa
 
-__all__ = ["GramAnchor", "Mesa", "Objective", "Scene"]
+__all__ = ["Dino", "GramAnchor", "Mesa", "Objective", "Scene"]

@@ -22,13 +22,15 @@ class Scene:
         batch: as the data module made it, images in [0, 1].
         features: the student's, of the view that it shares with the frozen teachers; with gradient.
         student: the student, for further views.
-        average: an EMA copy of all that is trained: `average["student"]`, and `average["objectives"][name]` for the
-            heads of an objective. No gradient.
+        average: an EMA copy of all that is trained, such as `average["student"]`. No gradient.
         frame: name -> (view (B, 3, r, r), shift (B, 2) in cells of the student's grid or None): a view of the same
             images in a frame of its own, see `agglom.shifts`.
         snapshot: (name, every) -> a copy of the averaged student, taken at the objective's first step and again every
             so many steps (None: never).
+        own: the averaged copy of the objective itself, for its heads.
         step: optimiser steps before this one.
+        since: steps since the objective's first.
+        key: step, micro-batch and rank, for draws that follow from them.
     """
 
     batch: dict[str, Any]
@@ -37,7 +39,10 @@ class Scene:
     average: nn.ModuleDict
     frame: Callable[[str], tuple[Tensor, Tensor | None]]
     snapshot: Callable[[str, int | None], nn.Module]
+    own: nn.Module
     step: int
+    since: int
+    key: tuple[object, ...]
 
 
 class Objective(nn.Module):
@@ -54,9 +59,14 @@ class Objective(nn.Module):
         stop: the step from which it no longer runs; left out: to the end.
         copy_average: at its first step the average becomes a copy of the student (SigLIP 2).
 
+    Attributes:
+        needs: what it can't do without: "crops" (`data.crops`), "patches" (a ViT).
+
     Raises:
         UserError: a negative weight or ramp, a start or stop out of order.
     """
+
+    needs: set[str] = set()
 
     def __init__(
         self,
@@ -91,6 +101,10 @@ class Objective(nn.Module):
     def diagnosis(self) -> dict[str, Tensor]:
         """Scalars of the last step for the log, without gradient."""
         return {}
+
+    def alarms(self, values: dict[str, float], since: int) -> list[str]:
+        """What is wrong with the numbers of `diagnosis`, `since` steps after its first, a line each."""
+        return []
 
 
 def steps(when: When, total: int) -> int:
