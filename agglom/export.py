@@ -26,7 +26,7 @@ from agglom.adaptors import Adaptor
 from agglom.card import model_card
 from agglom.errors import UserError, brief, nearest
 from agglom.features import Dims, Features, InputSpec, StudentFeatures
-from agglom.students import TimmStudent, fold_spectral
+from agglom.students import TimmStudent, fold_weights
 
 FORMAT = 1
 
@@ -45,7 +45,7 @@ def write_export(
         step: optimiser steps behind the weights.
     """
     out.mkdir(parents=True, exist_ok=True)
-    backbone = fold_spectral(copy.deepcopy(student.backbone))  # plain timm knows no other weights
+    backbone = fold_weights(copy.deepcopy(student.backbone))  # plain timm knows no other weights
     data_config = {
         "input_size": (3, size, size),
         "mean": student.input.mean,

@@ -127,20 +127,6 @@ def iterate_spectral(module: nn.Module) -> None:
         cast(Spectral, weights[0]).iterate(weights.original)
 
 
-def fold_spectral(module: nn.Module) -> nn.Module:
-    """Replace the reparametrised layers below `module` by plain ones with the weights that they have now.
-
-    In place, and safe on a deep copy. `parametrize.remove_parametrizations` is not: it takes the property off the
-    layer's class, which a copy shares with the layer that it was copied from.
-    """
-    for layer in list(spectral_layers(module)):
-        weight = layer.weight.detach()
-        layer.__class__ = parametrize.type_before_parametrizations(layer)
-        del layer.parametrizations
-        layer.weight = nn.Parameter(weight)
-    return module
-
-
 def spectral_layers(module: nn.Module) -> Iterator[nn.Linear]:
     """The reparametrised layers below `module`."""
     for layer in module.modules():

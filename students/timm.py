@@ -14,6 +14,7 @@ from agglom.errors import UserError, nearest
 from agglom.features import Dims, InputSpec, StudentFeatures, prepare
 
 from .base import Student
+from .damp import add_noise
 from .positions import crop_positions
 from .spectral import iterate_spectral, reparametrize
 
@@ -45,9 +46,12 @@ class TimmStudent(Student):
             which keeps attention from collapsing in long trainings of large ViTs (arXiv:2303.06296, in RADIO's form);
             exports hold plain weights. Meant with a weight decay of about 0.02.
 
+        damp: deviation of multiplicative noise on the weights of the blocks' linear layers while training (DAMP,
+            2406.16540); averages, validation and export have none. C-RADIOv4 uses it without saying how much.
+
     Raises:
         UserError: unknown name, more than one summary token on a CNN, a model that timm cannot build or load, or one
-            that `cropped_positions` or `spectral_reparam` has no meaning for.
+            that `cropped_positions`, `spectral_reparam` or `damp` has no meaning for.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class TimmStudent(Student):
         grad_checkpointing: bool = False,
         cropped_positions: bool = False,
         spectral_reparam: bool = False,
+        damp: float | None = None,
     ) -> None:
         super().__init__()
         options = dict(kwargs or {})
@@ -82,6 +87,8 @@ class TimmStudent(Student):
             crop_positions(self.backbone, name)
         if spectral_reparam:
             reparametrize(self.backbone, name)
+        if damp is not None:
+            add_noise(self.backbone, damp, name)
         self.spectral_reparam = spectral_reparam
         if grad_checkpointing:
             self.backbone.set_grad_checkpointing(True)

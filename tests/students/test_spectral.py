@@ -19,7 +19,7 @@ from agglom.errors import UserError
 from agglom.export import random_like
 from agglom.features import prepare
 from agglom.runs import build_distiller, export_checkpoint
-from agglom.students import TimmStudent, fold_spectral
+from agglom.students import TimmStudent, fold_weights
 from agglom.students.spectral import Spectral, leading, power_iteration, raw_scale, spectral_layers
 from agglom.teachers import manifest
 
@@ -105,7 +105,7 @@ def test_each_matrix_has_the_singular_value_it_learnt(kind, lr, steps, tiny_stud
     train(student, lr=lr, steps=steps)
     learnt = {name: scales(layer) for name, layer in student.named_modules() if layer in set(spectral_layers(student))}
     assert all((a != b).all() for a, b in zip(start, learnt.values(), strict=True))
-    folded = fold_spectral(copy.deepcopy(student))
+    folded = fold_weights(copy.deepcopy(student))
     for name, expected in learnt.items():
         parts = folded.get_submodule(name).weight.detach().chunk(len(expected))
         got = torch.stack([torch.linalg.svdvals(part)[0] for part in parts])
@@ -234,7 +234,7 @@ def test_a_folded_copy_answers_the_same_with_timms_own_keys(tiny_student, option
         student = train(tiny_student(spectral_reparam=True, **options)).eval()
     before, expected = snapshot(student), student(pixels())
     folded = copy.deepcopy(student)
-    assert fold_spectral(folded.backbone) is folded.backbone
+    assert fold_weights(folded.backbone) is folded.backbone
     torch.testing.assert_close(folded(pixels()).spatial, expected.spatial, rtol=1e-5, atol=1e-5)
     plain = tiny_student(**options).backbone
     assert set(folded.backbone.state_dict()) == set(plain.state_dict())
@@ -251,8 +251,8 @@ def test_a_module_without_such_layers_folds_to_itself(tiny_student):
     student = tiny_student()
     other = parametrize.register_parametrization(nn.Linear(2, 2), "weight", nn.Identity())
     before = snapshot(student)
-    assert fold_spectral(student) is student and before.keys() == student.state_dict().keys()
-    assert parametrize.is_parametrized(fold_spectral(other), "weight")  # somebody else's
+    assert fold_weights(student) is student and before.keys() == student.state_dict().keys()
+    assert parametrize.is_parametrized(fold_weights(other), "weight")  # somebody else's
 
 
 def test_state_dict_round_trip(tiny_student):
