@@ -178,6 +178,13 @@ class Distiller(pl.LightningModule):
         return cast(Student, self.trained["student"])
 
     @property
+    def frozen(self) -> dict[str, Teacher]:
+        """Every frozen encoder by name: the teachers', and those of objectives that have one."""
+        owned = {name: getattr(objective, "encoder", None) for name, objective in self.objectives.items()}
+        everyone = {**dict(self.encoders.items()), **{name: x for name, x in owned.items() if x is not None}}
+        return cast("dict[str, Teacher]", everyone)
+
+    @property
     def heads(self) -> nn.ModuleDict:
         return cast(nn.ModuleDict, self.trained["heads"])
 

@@ -146,9 +146,15 @@ def _needs(student: Any, model: dict[str, Any], data: dict[str, Any]) -> Iterato
             continue
         key, given = f"model.objectives.{name}", entry.get("init_args") or {}
         build: Any = cls
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        if "encoder" in given:
+            given["encoder"], lines = _on_meta(given["encoder"], Teacher)
+            yield from (f"{key}.init_args.encoder: {line}" for line in lines)
+            if given["encoder"] is None:
+                continue
         try:
             with torch.device("meta"):
-                objective = build(student.dims, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+                objective = build(student.dims, **given)
         except UserError as err:
             yield f"{key}.init_args.{err}"
             needed = True  # for all that is known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence, cast
+from typing import TYPE_CHECKING, Any, Sequence
 
 import yaml
 
@@ -124,7 +124,7 @@ def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = No
     return export_module(
         module,
         out,
-        manifest({name: cast(Teacher, encoder) for name, encoder in module.encoders.items()}),
+        manifest(module.frozen),
         config["data"]["size"],
         state["global_step"],
         names if adaptors is None else adaptors,

@@ -15,7 +15,7 @@ from agglom.callbacks.ema import WeightEMA
 from agglom.errors import UserError
 from agglom.export import write_export
 from agglom.students import TimmStudent
-from agglom.teachers import compare, manifest
+from agglom.teachers import Teacher, compare, manifest
 
 
 class Stopped(BaseException):
@@ -51,7 +51,7 @@ class RunDirectory(Checkpoint):
         if stage != "fit":
             return
         path = Path(trainer.default_root_dir) / "teachers.json"
-        current = manifest(dict(pl_module.encoders.items()))
+        current = manifest(cast("dict[str, Teacher]", pl_module.frozen))
         if self.resuming and path.is_file():
             differences = compare(json.loads(path.read_text()), current)
             if differences:

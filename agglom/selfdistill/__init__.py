@@ -2,7 +2,8 @@
 
 from agglom.selfdistill.base import Objective, Scene
 from agglom.selfdistill.dino import Dino
+from agglom.selfdistill.dmae import Dmae
 from agglom.selfdistill.gram import GramAnchor
 from agglom.selfdistill.mesa import Mesa
 
-__all__ = ["Dino", "GramAnchor", "Mesa", "Objective", "Scene"]
+__all__ = ["Dino", "Dmae", "GramAnchor", "Mesa", "Objective", "Scene"]
