@@ -61,6 +61,8 @@ class Distiller(pl.LightningModule):
         teachers: name -> teacher. Names are used in logs, reports and exports.
         adaptor: adaptor of teachers that name none.
         normalizer: normaliser of the targets of teachers that name none.
+        summary_normalizer: the same for summaries alone; left out: `normalizer` for both. PHI-S is of maps, and what
+            `AngleBalanced` measures is the raw cone of the summaries, so the RADIO family takes `Identity` here.
         summary_loss: summary loss of teachers that name none.
         spatial_loss: spatial loss of teachers that name none.
         balance: how the per-image losses of the teachers become one loss; left out: all equal.
@@ -100,6 +102,7 @@ class Distiller(pl.LightningModule):
         teachers: dict[str, TeacherConfig],
         adaptor: AdaptorFactory = MLPAdaptor,
         normalizer: NormalizerFactory = Standardize,
+        summary_normalizer: NormalizerFactory | None = None,
         summary_loss: LossFactory = Cosine,
         spatial_loss: LossFactory = CosineSmoothL1,
         balance: Balance | None = None,
@@ -149,7 +152,10 @@ class Distiller(pl.LightningModule):
                 tap_names=student.tap_names,
                 weights=teacher_weights(name, config),
                 adaptor=config.adaptor or adaptor,
-                normalizer=config.normalizer or normalizer,
+                normalizers={
+                    "summary": config.summary_normalizer or config.normalizer or summary_normalizer or normalizer,
+                    "spatial": config.normalizer or normalizer,
+                },
                 losses={
                     "summary": config.summary_loss or summary_loss,
                     "spatial": config.spatial_loss or spatial_loss,

@@ -34,6 +34,7 @@ class TeacherConfig:
         spatial_weight: weight of its spatial loss; left out: 1 where the encoder has a feature map, else 0.
         adaptor: class of the adaptor and its options.
         normalizer: class of the normaliser of its targets and its options.
+        summary_normalizer: the same for its summaries alone, where they are to have another.
         summary_loss: class of the summary loss and its options.
         spatial_loss: class of the spatial loss and its options.
         align: on whose grid prediction and target are compared: the "teacher"'s, or the "larger" of the two (AM-RADIO).
@@ -49,6 +50,7 @@ class TeacherConfig:
     spatial_weight: float | None = None
     adaptor: AdaptorFactory | None = None
     normalizer: NormalizerFactory | None = None
+    summary_normalizer: NormalizerFactory | None = None
     summary_loss: LossFactory | None = None
     spatial_loss: LossFactory | None = None
     align: Align = "teacher"
@@ -72,7 +74,7 @@ class Head(nn.Module):
         tap_names: Sequence[str],
         weights: dict[str, float],
         adaptor: AdaptorFactory,
-        normalizer: NormalizerFactory,
+        normalizers: dict[str, NormalizerFactory],
         losses: dict[str, LossFactory],
         align: Align = "teacher",
     ) -> None:
@@ -82,7 +84,7 @@ class Head(nn.Module):
         self.weights = {kind: weights[kind] for kind in widths}
         used = Dims(widths.get("summary"), widths.get("spatial"))
         self.adaptor = adaptor(student, used, token, tap_names)
-        self.normalizers = nn.ModuleDict({kind: normalizer(width) for kind, width in widths.items()})
+        self.normalizers = nn.ModuleDict({kind: normalizers[kind](width) for kind, width in widths.items()})
         self.losses = nn.ModuleDict({kind: losses[kind]() for kind in widths})
 
     @torch.no_grad()

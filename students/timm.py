@@ -15,6 +15,7 @@ from agglom.features import Dims, InputSpec, StudentFeatures, prepare
 
 from .base import Student
 from .damp import add_noise
+from .inherit import inherit, load_state, registers_in
 from .positions import crop_positions
 from .spectral import iterate_spectral, reparametrize
 
@@ -31,8 +32,10 @@ class TimmStudent(Student):
         summary_tokens: K. 1 (all teachers read the same token, as in UNIC) or one for each teacher that has a summary
             (as in AM-RADIO). CNNs: 1.
         registers: further tokens without a loss of their own (ViTs).
-        pretrained: start from timm's weights (needs the hub or a local cache).
-        checkpoint: a local safetensors or PyTorch file to start from.
+        pretrained: start from timm's weights (needs the hub or a local cache). Summary tokens and registers that they
+            lack start anew.
+        checkpoint: a local safetensors or PyTorch file to start from; as `pretrained`, and positions are resampled to
+            the student's grid.
         kwargs: passed to `timm.create_model`: `img_size`, `patch_size`, `depth`, `drop_path_rate`, ...
         mean: per-channel mean on the [0, 1] scale; default is the model's own.
         std: per-channel standard deviation; default is the model's own.
@@ -195,13 +198,21 @@ def _build(name: str, *, pretrained: bool, checkpoint: str | None, options: dict
     if checkpoint and not Path(checkpoint).is_file():
         raise UserError(f"student.checkpoint: {checkpoint} does not exist; give a local safetensors or PyTorch file")
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
-        if checkpoint:
-            state = timm.models.load_state_dict(checkpoint, weights_only=True)
-            missing, unexpected = model.load_state_dict(state, strict=False)
-            left = [key for key in unexpected if not key.startswith(("head", "classifier", "fc"))]
-            if missing or left:
-                raise RuntimeError(f"{checkpoint} lacks {missing[:3]} and has unknown {left[:3]}")
+        state = timm.models.load_state_dict(checkpoint, weights_only=True) if checkpoint else None
+        if not (pretrained or state) or "reg_tokens" not in options:
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+            return load_state(model, state, str(checkpoint)) if state else model
+        # The source as it was published, to be loaded strictly; then its weights for as many registers as are wanted.
+        published = {key: value for key, value in options.items() if key != "reg_tokens"}
+        if state and registers_in(state):
+            published["reg_tokens"] = registers_in(state)
+        source = timm.create_model(name, pretrained=pretrained, num_classes=0, **published)
+        if state:
+            load_state(source, state, str(checkpoint))
+        if getattr(source, "num_reg_tokens", 0) == options["reg_tokens"]:
+            return source
+        model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        inherit(model, source)
     except (TypeError, FileNotFoundError, RuntimeError, OSError, AssertionError) as err:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
         raise UserError(f"student {name} with kwargs {options}: {reason}") from err

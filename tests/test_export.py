@@ -181,7 +181,7 @@ def test_folded_prediction_is_the_denormalised_one(name):
         tap_names=tuple(taps),
         weights={"summary": 1.0, "spatial": 1.0},
         adaptor=lambda *dims: kind(*dims, **options),
-        normalizer=Standardize,
+        normalizers={"summary": Standardize, "spatial": Standardize},
         losses={"summary": MSE, "spatial": MSE},
     ).train()
     spread = torch.arange(1, 13.0).view(12, 1, 1)

@@ -7,7 +7,7 @@ from agglom.adaptors import MLPAdaptor
 from agglom.features import Dims, Features, StudentFeatures, align
 from agglom.heads import Head
 from agglom.objectives import MSE, Cosine
-from agglom.targets import Standardize
+from agglom.targets import Identity, Standardize
 
 STUDENT = Dims(16, 16, 2, 0)
 
@@ -21,7 +21,7 @@ def head(summary=1.0, spatial=1.0, **options):
         "tap_names": (),
         "weights": {"summary": summary, "spatial": spatial},
         "adaptor": MLPAdaptor,
-        "normalizer": Standardize,
+        "normalizers": {"summary": Standardize, "spatial": Standardize},
         "losses": {"summary": Cosine, "spatial": MSE},
     }
     return Head(**{**given, **options})
@@ -96,3 +96,12 @@ def test_losses_are_per_image_and_weighted_when_combined():
 def test_everything_but_the_encoder_is_here():
     assert {name.split(".")[0] for name, _ in head().named_parameters()} == {"adaptor"}
     assert isinstance(head(), nn.Module) and "normalizers.summary.mean" in head().state_dict()
+
+
+def test_summaries_may_have_a_normaliser_of_their_own():
+    """PHI-S for the map and raw summaries, which is what an angle's dispersion is measured on."""
+    module = head(normalizers={"summary": Identity, "spatial": Standardize}).train()
+    features = teacher()
+    targets = module.targets(features)
+    assert torch.equal(targets.summary, features.summary)
+    assert abs(targets.spatial.std() - 1) < 0.05 and not torch.allclose(targets.spatial, features.spatial)

@@ -9,8 +9,7 @@ import torch
 
 from agglom.checks import read_yaml
 from agglom.cli import main
-from agglom.distiller import summary_tokens
-from agglom.heads import Head, TeacherConfig
+from agglom.heads import Head, TeacherConfig, summary_tokens
 from agglom.objectives import Cosine, CosineSmoothL1
 from agglom.targets import Standardize
 
@@ -89,7 +88,7 @@ def test_real_small_is_what_its_libraries_say():
                 tap_names=student.tap_names,
                 weights={"summary": float(teacher.summary_dim is not None), "spatial": 1.0},
                 adaptor=MLPAdaptor,
-                normalizer=Standardize,
+                normalizers={"summary": Standardize, "spatial": Standardize},
                 losses={"summary": Cosine, "spatial": CosineSmoothL1},
             ).eval()
         losses = head(seen, head.targets(target))
