@@ -82,7 +82,7 @@ def stages_of(config):
 def on_meta(config):
     """The recipe's training module: its own student, teachers, heads, losses and plan, none of them with memory."""
     model = dict(config["model"])
-    kinds = ("adaptor", "normalizer", "summary_loss", "spatial_loss")
+    kinds = ("adaptor", "normalizer", "summary_normalizer", "summary_loss", "spatial_loss")
     with torch.device("meta"):
         teachers = {
             name: TeacherConfig(**{**entry, "encoder": build(entry["encoder"])})
@@ -91,6 +91,8 @@ def on_meta(config):
         options = {kind: factory(model.pop(kind)) for kind in kinds if kind in model}
         if "balance" in model:
             options["balance"] = build(model.pop("balance"))
+        if "objectives" in model:
+            options["objectives"] = {name: factory(entry) for name, entry in model.pop("objectives").items()}
         if "shift" in model:
             options["shift"] = ShiftOptions(**model.pop("shift"))
         return Distiller(
