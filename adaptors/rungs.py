@@ -7,6 +7,7 @@ layers and the sum are one product, and what comes after the GELU is computed ag
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Iterator, Sequence
 
 import torch
@@ -45,7 +46,8 @@ def sum_of_rungs(
     if torch.compiler.is_compiling():  # a compiler decides by itself what to keep, and sees through plain code
         hidden = torch.cat([F.linear(x, w, b) for x, w, b in zip(rungs, weights, biases, strict=True)], 1)
         return F.linear(F.gelu(hidden), last, last_bias)
-    if torch.is_autocast_enabled(device):
+    available = torch.amp.is_autocast_available(device)  # not on the meta device, which refuses the question
+    if available and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         rungs, weights, biases = ([t.to(dtype) for t in group] for group in (rungs, weights, biases))
         last, last_bias = last.to(dtype), None if last_bias is None else last_bias.to(dtype)
@@ -54,7 +56,7 @@ def sum_of_rungs(
     if device == "cpu" and last.dtype.itemsize >= 4:
         piece = max(64, CPU_PIECE // (last.dtype.itemsize * max(1, len(rungs[0]))))
     keep = torch.is_grad_enabled() and not recompute
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if available else nullcontext():
         return _SumOfRungs.apply(len(rungs), piece, keep, last, last_bias, *rungs, *weights, *biases)
 
 
