@@ -15,7 +15,7 @@ import yaml
 from agglom.errors import UserError, brief, nearest
 from agglom.plan import Partition, Stage
 from agglom.plan import problems as plan_problems
-from agglom.schema import problems, signature_problems
+from agglom.schema import find_class, problems, signature_problems
 
 
 class Invalid(UserError):
@@ -157,6 +157,7 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     stages = _read_stages(config.get("stages"))
     yield from _plan(stages, model, data, trainer)
     yield from _objectives(model, trainer)
+    yield from _strategy(stages, model, trainer)
     from agglom.model_checks import model_problems
 
     yield from model_problems(model, data, stages)
@@ -187,18 +188,26 @@ def _plan(stages: list[Stage], model: dict[str, Any], data: dict[str, Any], trai
                 f"stages.{index}.partitions: {parts} of them, but a step has {slots} micro-batches ({ranks} ranks x "
                 f"accumulate_grad_batches {micros}); valid: a multiple of {parts}; set trainer.accumulate_grad_batches"
             )
-    apart = any(part.teachers is not None for stage in stages for part in stage.parts())
-    if (
-        ranks > 1
-        and (apart or any(stage.freeze_steps for stage in stages))
-        and "find_unused" not in str(trainer.get("strategy"))
-    ):
-        yield (
-            f"trainer.strategy: {trainer.get('strategy', 'auto')}; valid: ddp_find_unused_parameters_true, since some "
-            f"parameters have no gradient in some stages or on some ranks; set it"
-        )
     if model.get("remember_teachers") is True:
         yield "model.remember_teachers: true; valid: false, since stages change the views; remove the key"
+
+
+def _strategy(stages: list[Stage], model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
+    """Several ranks must be told that some parameters may have no gradient."""
+    from agglom.selfdistill import Objective
+
+    apart = any(part.teachers is not None for stage in stages for part in stage.parts())
+    apart |= any(stage.freeze_steps for stage in stages)
+    for entry in _section(model, "objectives").values():
+        options = _section(entry, "init_args") if isinstance(entry, dict) else {}
+        path = entry.get("class_path") if isinstance(entry, dict) else entry
+        cls = find_class(str(path), Objective)
+        apart |= bool(options.get("start") or options.get("stop") or getattr(cls, "partial", False))
+    if apart and _world(trainer) > 1 and "find_unused" not in str(trainer.get("strategy")):
+        yield (
+            f"trainer.strategy: {trainer.get('strategy', 'auto')}; valid: ddp_find_unused_parameters_true, since some "
+            f"parameters have no gradient at some steps or on some ranks; set it"
+        )
 
 
 def _objectives(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:

@@ -385,7 +385,12 @@ class Distiller(pl.LightningModule):
         kept, shares = self.balance.kept_share(), weights.mean(1)
         often, logged = self.gradient_shares_every, self.trainer.log_every_n_steps
         pulls = None
-        if often and (self.global_step + 1) // logged % max(1, often // logged) == 0 and student.spatial.requires_grad:
+        if (
+            targets
+            and often
+            and (self.global_step + 1) // logged % max(1, often // logged) == 0
+            and student.spatial.requires_grad
+        ):
             with torch.enable_grad():
                 pulls = gradient_shares(list(terms), student)
         for index, name in enumerate(self.names):

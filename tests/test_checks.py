@@ -225,6 +225,13 @@ BROKEN = {
         {"stages": [{"teachers": ["clip"]}], **FREE, "trainer.devices": 2},
         ["trainer.strategy: auto; valid: ddp_find_unused_parameters_true"],
     ),
+    "strategy of late objectives": (
+        {
+            "model.objectives": {"mesa": {"class_path": "agglom.selfdistill.Mesa", "init_args": {"start": 5}}},
+            "trainer.devices": 2,
+        },
+        ["trainer.strategy: auto; valid: ddp_find_unused_parameters_true"],
+    ),
     "remembered stages": (
         {"stages": [{"steps": 50}, {}]},
         ["model.remember_teachers: true; valid: false, since stages change the views"],

@@ -61,12 +61,14 @@ class Objective(nn.Module):
 
     Attributes:
         needs: what it can't do without: "crops" (`data.crops`), "patches" (a ViT).
+        partial: whether it reads the student only in part, so that some of it may have no gradient.
 
     Raises:
         UserError: a negative weight or ramp, a start or stop out of order.
     """
 
     needs: set[str] = set()
+    partial = False
 
     def __init__(
         self,

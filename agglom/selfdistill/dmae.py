@@ -48,6 +48,8 @@ class Dmae(Objective):
             positions), a block past the depth, a ratio outside [0, 1).
     """
 
+    partial = True  # blocks past `student_block` get no gradient
+
     def __init__(
         self,
         student: Dims,
