@@ -1,6 +1,6 @@
 """What each choice of the recipe does to what a student keeps of its teachers: equal steps, several seeds.
 
-    python benchmarks/ablation.py --data data/scenes
+    python benchmarks/ablation.py --data data/scenes --steps 300 --batch-size 16 --train 2000
 
 One base configuration (all three embedded teachers, MLP heads, standardised targets, equal balance, no dropping) and
 variants that change one thing each: a single teacher, ladder heads, teacher dropping, raw targets, PHI-S targets,
@@ -53,7 +53,7 @@ def retention(row: Row, teachers: Mapping[str, Row]) -> Row:
 
 
 def table(students: Mapping[str, list[Row]], teachers: Mapping[str, Row]) -> str:
-    """Markdown: a row a configuration, one `Row` of metrics a seed; bold where no seed comes near any of base's."""
+    """Markdown: a row a configuration, one `Row` of metrics a seed; bold where no seed's value lies among base's."""
     kept = {name: [retention(row, teachers) for row in rows] for name, rows in students.items()}
     lines = []
     for name, rows in kept.items():

@@ -194,22 +194,29 @@ def flops(batch: int, device: str) -> dict[str, float]:
 
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"}
+GELUS = {"aten::gelu", "aten::gelu_backward"}
 
 
 def profile(work: Work, name: str) -> dict[str, float]:
-    """Where one formulation of the ladder spends its time: matrix products, which every formulation has, and the rest.
+    """Where one formulation of the ladder spends its time.
 
     Returns:
-        ms in products, ms in all operations, and `bound`: how many times faster a formulation would be that had the
-        same products at the same rate and nothing else.
+        ms in matrix products, in GELUs (forward and backward) and in all operations, and `bound`: how many times faster
+        a formulation would be that had the same products and GELUs at the same rate and nothing else.
     """
     work.ladder(name)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
         for _ in range(3):
             work.ladder(name)
     times = {event.key: event.self_cpu_time_total for event in recorded.key_averages()}
-    total, products = sum(times.values()), sum(time for key, time in times.items() if key in PRODUCTS)
-    return {"products_ms": products / 3e3, "all_ms": total / 3e3, "bound": total / products}
+    total = sum(times.values())
+    products, gelus = (sum(time for key, time in times.items() if key in names) for names in (PRODUCTS, GELUS))
+    return {
+        "products_ms": products / 3e3,
+        "gelus_ms": gelus / 3e3,
+        "all_ms": total / 3e3,
+        "bound": total / (products + gelus),
+    }
 
 
 def peak_mib(name: str, batch: int, device: str, dtype: str, threads: int) -> float:
@@ -221,16 +228,18 @@ def peak_mib(name: str, batch: int, device: str, dtype: str, threads: int) -> fl
         torch.cuda.reset_peak_memory_stats()
         work.step(name), work.step(name)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident_kib()
+    before = _kib("VmRSS")
     work.step(name), work.step(name)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return (_kib("VmHWM") - before) / 2**10
 
 
-def _resident_kib() -> int:
+def _kib(field: str) -> int:
+    """Resident memory now (VmRSS) or at its highest (VmHWM)."""
     status = Path("/proc/self/status")
     if not status.exists():  # macOS has no such file; ru_maxrss is bytes there
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10
+    # not ru_maxrss here: Linux hands the parent's on to a child, and the parent has just run everything
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -298,11 +307,11 @@ def main() -> None:
                 )
             if args.device == "cpu":
                 result["runs"][-2]["profile"] = found = {name: profile(work, name) for name in FORMULATIONS}
-                print(
-                    f"{dtype:5} {threads:7} ladder's matrix products: "
-                    + ", ".join(f"{name} {p['products_ms']:.0f} of {p['all_ms']:.0f} ms" for name, p in found.items())
-                    + f"; without anything else the plain one would be {found['plain']['bound']:.3f} times as fast"
-                )
+                for name, p in found.items():
+                    print(
+                        f"{dtype:5} {threads:7} profile {name}: matrix products {p['products_ms']:.0f} ms, GELUs "
+                        f"{p['gelus_ms']:.0f} ms of {p['all_ms']:.0f} ms; with nothing else {p['bound']:.3f} times as fast"
+                    )
     result["peak_mib"] = {}
     for dtype in args.dtypes:
         for name in FORMULATIONS:
