@@ -310,7 +310,7 @@ def main() -> None:
                 for name, p in found.items():
                     print(
                         f"{dtype:5} {threads:7} profile {name}: matrix products {p['products_ms']:.0f} ms, GELUs "
-                        f"{p['gelus_ms']:.0f} ms of {p['all_ms']:.0f} ms; with nothing else {p['bound']:.3f} times as fast"
+                        f"{p['gelus_ms']:.0f} ms of {p['all_ms']:.0f} ms; with nothing else {p['bound']:.3f} x as fast"
                     )
     result["peak_mib"] = {}
     for dtype in args.dtypes:
