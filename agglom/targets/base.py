@@ -60,6 +60,9 @@ class Normalizer(Statistics):
         """
         raise NotImplementedError
 
+    def refresh(self) -> None:
+        """Called before a training step's targets are normalised: the moment at which parameters may change."""
+
     @property
     def frozen(self) -> bool:
         """Whether `update` has no further effect."""
@@ -70,6 +73,8 @@ class Normalizer(Statistics):
     def normalize(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (..., C) raw -> (..., C) normalised, float32. The mask only matters in the first step, see the class."""
         self._check(x)
+        if self.training:
+            self.refresh()
         first = self.training and self.taken == 0 and self.initial == "batch"
         mean, forward, _ = self.fit(self._batch(x, mask)) if first else self.current()
         x = _widen(x)

@@ -19,7 +19,9 @@ class CovarianceNormalizer(Normalizer):
     """Pools mean and covariance over the steps and turns them into a linear map now and then.
 
     The map is measured anew after updates 1, 2, 4, 8, ... (a first batch says little) and then every `update_every`,
-    the last time after `freeze_after` updates. Between these it is a constant. The eigenvectors are found by one rank,
+    the last time after `freeze_after` updates. Between these it is a constant. It changes when the next training step
+    asks for targets, not before: a head that is exported, or validated, answers in the map that it was last trained
+    for. The eigenvectors are found by one rank,
     in float64, and sent to the others, because their sign and order may differ between machines; they are part of the
     checkpoint for the same reason. Measuring anew is the only moment at which the host waits for the device.
 
@@ -39,6 +41,7 @@ class CovarianceNormalizer(Normalizer):
     mean: Tensor
     scatter: Tensor
     center: Tensor
+    measured: Tensor
     forward_map: Tensor
     inverse_map: Tensor
 
@@ -64,6 +67,8 @@ class CovarianceNormalizer(Normalizer):
         self.register_buffer("center", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("forward_map", torch.eye(dim))
         self.register_buffer("inverse_map", torch.eye(dim))
+        self.register_buffer("measured", torch.zeros((), dtype=torch.int64))  # updates behind the map
+        self._measured = 0  # its twin on the host, see Statistics
 
     def maps(self, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues (C,), descending and at least 0, and eigenvectors (C, C), in columns, of the covariance ->
@@ -84,19 +89,39 @@ class CovarianceNormalizer(Normalizer):
         self.mean.copy_(pooled.mean)
         self.scatter.copy_(pooled.scatter)
         self._count_step()
-        early = self.taken < self.update_every and self.taken & (self.taken - 1) == 0
-        if early or self.taken % self.update_every == 0 or self.frozen:
-            center, forward, inverse = self.fit(Moments(self.count, self.mean, self.scatter))
-            self.center.copy_(center)
-            self.forward_map.copy_(forward)
-            self.inverse_map.copy_(inverse)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Measure the map anew if that is due."""
+        if self._due() <= self._measured:
+            return
+        center, forward, inverse = self.fit(Moments(self.count, self.mean, self.scatter))
+        self.center.copy_(center)
+        self.forward_map.copy_(forward)
+        self.inverse_map.copy_(inverse)
+        self.measured.fill_(self.taken)
+        self._measured = self.taken
+
+    def _due(self) -> int:
+        """The last update after which the map is measured, of those so far."""
+        if self.frozen or self.taken == 0:
+            return self.taken
+        if self.taken < self.update_every:
+            return 1 << (self.taken.bit_length() - 1)
+        return self.taken - self.taken % self.update_every
 
     def reset(self) -> None:
         for buffer in (self.count, self.mean, self.scatter, self.center):
             buffer.zero_()
         self.forward_map.copy_(torch.eye(self.dim))
         self.inverse_map.copy_(torch.eye(self.dim))
+        self.measured.zero_()
+        self._measured = 0
         self._reset_steps()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._measured = 0 if self.measured.is_meta else int(self.measured)
 
     @torch.no_grad()
     def fit(self, moments: Moments) -> tuple[Tensor, Tensor, Tensor]:

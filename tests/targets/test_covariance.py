@@ -21,6 +21,7 @@ def features(c, n=2000, seed=0):
 def fitted(cls, x, **options):
     norm = cls(x.shape[-1], **options)
     norm.update(x)
+    norm.refresh()  # as the next training step would
     return norm
 
 
@@ -153,11 +154,11 @@ class TestAll:
         batches = [features(12, n=40, seed=s) for s in range(9)]
         norm, twin = (maker(12, update_every=4, **options) for _ in range(2))
         for x in batches[:5]:
-            norm.update(x)
+            norm.normalize(x), norm.update(x)
         twin.load_state_dict(norm.state_dict())
         for x in batches[5:]:
-            norm.update(x)
-            twin.update(x)
+            assert torch.equal(norm.normalize(x), twin.normalize(x))
+            norm.update(x), twin.update(x)
         assert all(torch.equal(a, b) for a, b in zip(norm.buffers(), twin.buffers(), strict=True))
 
     def test_reset_is_a_new_one(self, maker, options):
@@ -187,11 +188,15 @@ class TestAll:
 
 
 def test_schedule():
-    """The map moves after updates 1, 2, 4, then every 5, and not after 12."""
+    """The map moves after updates 1, 2, 4, then every 5, and not after 12: when the next step asks for targets."""
     norm, moved = PHIS(12, update_every=5, freeze_after=12), []
     for step in range(1, 16):
         before = norm.forward_map.clone()
         norm.update(features(12, n=30, seed=step))
+        assert torch.equal(before, norm.forward_map), "not before: a head is exported in the map it was trained for"
+        norm.eval().normalize(features(12, n=3))
+        assert torch.equal(before, norm.forward_map), "not by validation"
+        norm.train().normalize(features(12, n=3))
         if not torch.equal(before, norm.forward_map):
             moved.append(step)
     assert moved == [1, 2, 4, 5, 10, 12] and norm.frozen and norm.taken == 12

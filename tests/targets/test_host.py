@@ -35,6 +35,7 @@ def test_normalizers(norm):
     if norm.full:
         for _ in range(64):  # past the early measurements; the next one is due at 100
             norm.update(torch.randn(20, 8))
+        norm.refresh()
     norm.to("meta")
     x, mask = torch.empty(4, 3, 3, 8, device="meta"), torch.empty(4, 3, 3, dtype=torch.bool, device="meta")
     for _ in range(4):
