@@ -6,13 +6,13 @@ Weights carry no gradient. One vectorised path, and the host never waits for the
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from agglom.draws import generator
 from agglom.errors import UserError
 from agglom.targets.moments import Statistics, accumulator, sum_over_ranks
 
@@ -226,11 +226,9 @@ class Drawing(Balance):
     def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers in [0, 1)."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        # hashed, because the generator looks at 32 bits only and near seeds would give near streams
-        key = hashlib.blake2b(f"{self.seed}/{rank}/{self._draws}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        drawn = torch.rand(shape, generator=generator(self.seed, rank, self._draws))
         self._draws += 1
-        return torch.rand(shape, generator=generator).to(device, non_blocking=True)
+        return drawn.to(device, non_blocking=True)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self._draws)

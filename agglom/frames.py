@@ -39,6 +39,7 @@ class Frames:
         key: tuple[object, ...] = (),
     ) -> None:
         self.images, self.shift, self.key, self.stride = images, shift, key, spec.stride
+        self._drawn: dict[str, Tensor] = {}
         self.resolution = sides(images) if resolution is None else (resolution, resolution)
         if shift is not None:
             margin = 2 * shift.limit * spec.stride
@@ -73,4 +74,6 @@ class Frames:
 
     def _draw(self, name: str) -> Tensor:
         assert self.shift is not None
-        return draw(self.shift, len(self.images), *self.key, name)
+        if name not in self._drawn:
+            self._drawn[name] = draw(self.shift, len(self.images), *self.key, name)
+        return self._drawn[name]

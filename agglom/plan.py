@@ -7,10 +7,10 @@ the data workers, the training module and a resumed run agree without talking to
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, fields, replace
 from typing import Iterator, NamedTuple, Sequence
 
+from agglom.draws import keyed
 from agglom.errors import UserError, nearest
 
 
@@ -125,8 +125,7 @@ class Plan:
         """One of the resolutions, the same on every rank and in every run of this seed."""
         if not resolutions:
             return None
-        key = hashlib.blake2b(f"{self.seed}/{step}/{partition}".encode(), digest_size=8).digest()
-        return resolutions[int.from_bytes(key, "little") % len(resolutions)]
+        return resolutions[keyed(self.seed, step, partition) % len(resolutions)]
 
     def teachers(self, stage: int, partition: int, names: Sequence[str]) -> list[str]:
         """The teachers of a partition, in the order of `names`."""

@@ -6,11 +6,12 @@ the student at every step, so it can't be predicted and is not learnt; what belo
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from agglom.draws import generator
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class ShiftOptions:
 
 def draw(options: ShiftOptions, number: int, *key: object) -> Tensor:
     """(number, 2) whole patches down and right, int64, on the CPU; they follow from seed and key alone."""
-    digest = hashlib.blake2b("/".join(map(str, (options.seed, *key))).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    shifts = (torch.randn(number, 2, generator=generator) * options.std).round()
+    shifts = (torch.randn(number, 2, generator=generator(options.seed, *key)) * options.std).round()
     return shifts.clamp(-options.limit, options.limit).long()
 
 

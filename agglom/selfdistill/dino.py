@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Any, Literal, cast
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agglom.data.masks import block_masks, positions
+from agglom.draws import generator
 from agglom.errors import UserError
 from agglom.features import Dims, StudentFeatures
 from agglom.objectives.koleo import koleo
@@ -146,8 +146,11 @@ class Dino(Objective):
         with torch.no_grad():
             truth: StudentFeatures = average(whole.flatten(0, 1))
         grid = (truth.spatial.shape[-2], truth.spatial.shape[-1])
-        mask = self._mask(views * batch, grid, scene.key).to(whole.device, non_blocking=True)
         if self.weights["ibot"]:
+            drawn = block_masks(
+                views * batch, grid, generator=generator(self.seed, *scene.key), **cast(Any, self.masking)
+            )
+            mask = drawn.to(whole.device, non_blocking=True)
             with masked_patches(student, mask, self.mask_token):
                 seen = student(whole.flatten(0, 1))
         else:
@@ -179,14 +182,6 @@ class Dino(Objective):
         self._last |= {f"{name}_loss": loss.detach().mean() for name, loss in losses.items()}
         self._last |= {"feature_std": spread}
         return torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum(0)
-
-    def _mask(self, count: int, grid: tuple[int, int], key: tuple[object, ...]) -> Tensor:
-        """(count, H, W) block masks that follow from seed and key; none where nothing is masked."""
-        if not self.weights["ibot"]:
-            return torch.zeros(count, *grid, dtype=torch.bool)
-        digest = hashlib.blake2b("/".join(map(str, (self.seed, *key))).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        return block_masks(count, grid, generator=generator, **cast(Any, self.masking))
 
     def _head(self, name: str, x: Tensor, since: int) -> Tensor:
         """Logits by the trained head; its prototypes get no gradient while they are frozen."""

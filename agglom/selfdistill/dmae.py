@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import Any, Literal, cast
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from agglom.draws import generator
 from agglom.errors import UserError, nearest
 from agglom.features import Dims, prepare, resize, sides
 from agglom.objectives.pointwise import EPS
@@ -134,10 +134,8 @@ class Dmae(Objective):
 
     def _visible(self, count: int, patches: int, key: tuple[object, ...]) -> Tensor:
         """(B, K) rising indices of the patches that both see, K = int(N (1 - ratio)), from seed and key."""
-        digest = hashlib.blake2b("/".join(map(str, (self.seed, *key))).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         kept = max(1, int(patches * (1 - self.ratio) + 1e-6))
-        return torch.rand(count, patches, generator=generator).argsort(1)[:, :kept].sort(1).values
+        return torch.rand(count, patches, generator=generator(self.seed, *key)).argsort(1)[:, :kept].sort(1).values
 
 
 def vit(encoder: Teacher) -> VisionTransformer | None:
