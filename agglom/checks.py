@@ -212,20 +212,20 @@ def _strategy(stages: list[Stage], model: dict[str, Any], trainer: dict[str, Any
 
 def _objectives(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     """Objectives beside the teachers: the average that they learn from, their names, their place in the run."""
+    from agglom.selfdistill.base import conflicts
+
     objectives, teachers = _section(model, "objectives"), _section(model, "teachers")
     if not objectives:
         return
-    if "ema_decay" in model and model["ema_decay"] is None:
-        yield "model.ema_decay: null, but model.objectives need an average; valid: 0 <= decay < 1; set it"
-    if teachers and model.get("ema_schedule") == "cosine" and model.get("ema_anneal_anyway") is not True:
-        yield (
-            "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 it "
-            "no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
-        )
+    yield from conflicts(
+        teachers,
+        objectives,
+        ema_decay=model.get("ema_decay", 0.0),
+        ema_schedule=str(model.get("ema_schedule")),
+        anneal_anyway=model.get("ema_anneal_anyway") is True,
+    )
     total = trainer.get("max_steps")
     for name, entry in objectives.items():
-        if name in teachers:
-            yield f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one"
         start = (_section(entry, "init_args") if isinstance(entry, dict) else {}).get("start")
         late = isinstance(start, float) and start >= 1
         if isinstance(start, int) and not isinstance(start, bool) and isinstance(total, int) and total > 0:

@@ -34,9 +34,9 @@ from agglom.objectives import Cosine, CosineSmoothL1
 from agglom.parameters import parameter_groups
 from agglom.place import Place, locate, own_images
 from agglom.plan import Part, Plan, Stage
-from agglom.schedules import Schedule, multiplier
+from agglom.schedules import Schedule, rate_at
 from agglom.selfdistill import Objective, Scene
-from agglom.selfdistill.base import steps
+from agglom.selfdistill.base import conflicts, steps
 from agglom.shifts import ShiftOptions
 from agglom.students import Student, attend_plainly
 from agglom.targets import Memory, Standardize
@@ -128,15 +128,9 @@ class Distiller(pl.LightningModule):
         super().__init__()
         if not teachers and not objectives:
             raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
-        if objectives and ema_decay is None:
-            raise UserError("model.ema_decay: null, but model.objectives need an average; valid: 0 to 1; set it")
-        if objectives and teachers and ema_schedule == "cosine" and not ema_anneal_anyway:
-            raise UserError(
-                "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 "
-                "it no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
-            )
-        for name in set(objectives or ()) & set(teachers):
-            raise UserError(f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one")
+        average: Any = {"ema_decay": ema_decay, "ema_schedule": ema_schedule, "anneal_anyway": ema_anneal_anyway}
+        if found := list(conflicts(teachers, objectives or (), **average)):
+            raise UserError("; ".join(found))
         known = [str(name) for name in list_optimizers()]
         if optimizer not in known:
             raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, known)}; take one")
@@ -419,32 +413,18 @@ class Distiller(pl.LightningModule):
         )
         betas: dict[str, Any] = {"betas": self.betas} if get_optimizer_info(self.optimizer).has_betas else {}
         optimizer = create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, **betas)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, self._rate(int(self.trainer.estimated_stepping_batches))
+        rate = partial(
+            rate_at,
+            plan=self.plan,
+            total_steps=self._total(),
+            lr=self.lr,
+            warmup_steps=self.warmup_steps,
+            schedule=self.schedule,
+            final=self.final_lr,
+            decay_fraction=self.decay_fraction,
         )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _rate(self, total: int) -> Callable[[int], float]:
-        """Learning rate of a step as a share of `lr`, in a run of `total` steps."""
-        spans = self.plan.spans(total)
-
-        def rate(step: int) -> float:
-            index = self.plan.stage_at(step)
-            stage, (start, length) = self.plan.stages[index], spans[index]
-            return (
-                (stage.lr or self.lr)
-                / self.lr
-                * multiplier(
-                    step - start,
-                    schedule=self.schedule,
-                    warmup_steps=self.warmup_steps if stage.warmup_steps is None else stage.warmup_steps,
-                    total_steps=length,
-                    final=self.final_lr,
-                    decay_fraction=self.decay_fraction,
-                )
-            )
-
-        return rate
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [] if self.ema is None else [self.ema]

@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from agglom.errors import UserError
+
 EMASchedule = Literal["fixed", "cosine"]
 
 
@@ -45,6 +47,10 @@ class WeightEMA(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.average = _frozen_copy(_trained(pl_module))
         self._total = trainer.max_steps
+        if self.schedule == "cosine" and self._total <= 0:
+            raise UserError(
+                f"trainer.max_steps: {self._total}, but model.ema_schedule: cosine needs an end; valid: > 0; set it"
+            )
         if "average" in self._restored:
             self.average.load_state_dict(self._restored["average"])
         for name, state in self._restored.get("snapshots", {}).items():

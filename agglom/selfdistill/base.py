@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,29 @@ class Objective(nn.Module):
     def alarms(self, values: dict[str, float], since: int) -> list[str]:
         """What is wrong with the numbers of `diagnosis`, `since` steps after its first, a line each."""
         return []
+
+
+def conflicts(
+    teachers: Collection[str],
+    objectives: Collection[str],
+    *,
+    ema_decay: float | None,
+    ema_schedule: str,
+    anneal_anyway: bool,
+) -> Iterator[str]:
+    """What speaks against these objectives beside these teachers with this average, a line each with full keys."""
+    if not objectives:
+        return
+    if ema_decay is None:
+        yield "model.ema_decay: null, but model.objectives need an average; valid: 0 <= decay < 1; set it"
+    if teachers and ema_schedule == "cosine" and not anneal_anyway:
+        yield (
+            "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 it "
+            "no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
+        )
+    for name in objectives:
+        if name in teachers:
+            yield f"model.objectives.{name}: also the name of a teacher; valid: another name; rename one"
 
 
 def steps(when: When, total: int) -> int:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from agglom.callbacks import WeightEMA
 from agglom.callbacks.ema import update_average
+from agglom.errors import UserError
 
 
 class Toy(pl.LightningModule):
@@ -155,3 +156,9 @@ def test_decay_schedules(quiet_trainer):
     assert [ema.decay_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
     assert [WeightEMA(0.5).decay_at(step) for step in (1, 3, 100)] == pytest.approx([0.1, 0.25, 0.5])
     assert [WeightEMA(0.5, warmup=False).decay_at(step) for step in (1, 100)] == [0.5, 0.5]
+
+
+def test_a_cosine_needs_an_end(quiet_trainer):
+    trainer = quiet_trainer(max_steps=-1, max_time="00:00:01:00", callbacks=[WeightEMA(0.9, schedule="cosine")])
+    with pytest.raises(UserError, match="trainer.max_steps: -1, but model.ema_schedule: cosine.*valid: > 0"):
+        trainer.fit(Toy(), batches(1))
