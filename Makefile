@@ -11,7 +11,7 @@ demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
 
 test: $(VENV)/installed-dev garments
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread; with more threads they fight
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check agglom teachers students adaptors probes configs tests benchmarks
