@@ -38,8 +38,9 @@ def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, An
         fields: any of image, cls, txt, seg, boxes.
 
     Returns:
-        `key` str, `shard` str (the shard's file name), `image` uint8 (3, H, W) RGB, `cls` int, `txt` str, `seg` uint8
-        (H, W), `boxes` list of dicts.
+        `key` str, `shard` str (the shard's file name), `image` uint8 (3, H, W) RGB, `cls` int, or list[int] where a
+        sample has any number of labels, `txt` str (several captions: one a line), `seg` uint8 (H, W), `boxes` list of
+        dicts.
 
     Raises:
         UserError: a field is missing.
@@ -84,9 +85,19 @@ def _decode_seg(data: bytes) -> Tensor:
         return torch.from_numpy(np.array(image))
 
 
+def _decode_cls(data: bytes) -> int | list[int]:
+    """`3` is one label, `[0,3]` any number of them."""
+    if not data.lstrip().startswith(b"["):
+        return int(data)
+    labels = json.loads(data)
+    if not all(type(label) is int for label in labels):
+        raise ValueError(f"cls {data.decode()}, wanted a whole number or a JSON list of them")
+    return labels
+
+
 _DECODE: dict[str, Any] = {
     "image": decode_image,
-    "cls": int,
+    "cls": _decode_cls,
     "txt": lambda data: data.decode("utf-8"),
     "seg": _decode_seg,
     "boxes": json.loads,
@@ -97,13 +108,14 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples of one set of fields -> a batch.
 
     Returns:
-        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), `image` uint8 (B, 3, H, W) and
-        `seg` uint8 (B, H, W) where all have one size, else lists of tensors; a mapping's values (`crops`) likewise.
+        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), or a list of lists where samples
+        have any number of labels, `image` uint8 (B, 3, H, W) and `seg` uint8 (B, H, W) where all have one size, else
+        lists of tensors; a mapping's values (`crops`) likewise.
     """
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
-        if name == "cls":
+        if name == "cls" and not any(isinstance(value, list) for value in values):
             batch[name] = torch.tensor(values)
         elif isinstance(values[0], Mapping):
             batch[name] = collate(values)

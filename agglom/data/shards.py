@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 import tarfile
 from contextlib import suppress
@@ -34,7 +35,8 @@ def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]], *, image
         samples: any subset of
             `key` str (required; no dot, unique in the shard),
             `image` uint8 (H, W, 3) RGB array, or encoded bytes, stored untouched, with `ext` jpg, jpeg, png or webp,
-            `cls` int, `txt` str, `seg` uint8 (H, W) array (255 = ignore),
+            `cls` int, or a list of ints where a sample has any number of labels,
+            `txt` str, several captions one a line, `seg` uint8 (H, W) array (255 = ignore),
             `boxes` [{"bbox": [x, y, w, h] in pixels, "label": int, "iscrowd": 0}].
             Consumed one at a time, so a generator keeps memory flat.
         image_format: png, jpg or webp, for images given as arrays.
@@ -84,7 +86,7 @@ def encode_sample(sample: Mapping[str, Any], *, image_format: str = "png") -> tu
     if "image" in sample:
         members.append(_encode_image(sample["image"], sample.get("ext"), image_format))
     if "cls" in sample:
-        members.append(("cls", str(int(sample["cls"])).encode()))
+        members.append(("cls", _encode_cls(sample["cls"])))
     if "txt" in sample:
         members.append(("txt", sample["txt"].encode("utf-8")))
     if "seg" in sample:
@@ -100,6 +102,15 @@ def _source(samples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]
         yield from samples
     except OSError as err:
         raise UserError(f"{err.filename or 'source of the samples'}: can't be read ({err.strerror or err})") from err
+
+
+def _encode_cls(cls: Any) -> bytes:
+    try:
+        if isinstance(cls, (list, tuple)):
+            return json.dumps([operator.index(label) for label in cls], separators=(",", ":")).encode()
+        return str(int(operator.index(cls))).encode()
+    except TypeError:
+        raise ValueError(f"cls {cls!r}; wanted an int or a list of ints") from None
 
 
 def _encode_image(image: Any, ext: str | None, image_format: str) -> tuple[str, bytes]:

@@ -21,6 +21,7 @@ from agglom.data import (
     Loader,
     ShardInfo,
     TrainView,
+    collate,
     decode_image,
     eval_loader,
     eval_stream,
@@ -119,6 +120,27 @@ def test_round_trip_of_every_field(tmp_path):
     assert only == {"key": "000000012", "shard": "val-000000.tar", "cls": 3}
 
 
+def test_any_number_of_labels(tmp_path):
+    labels = [[2, 0], [], np.array([1]).tolist()]
+    info = write_shard(tmp_path / "a.tar", [{"key": str(n), "cls": cls} for n, cls in enumerate(labels)])
+    write_index(tmp_path, {"a": [info]})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.extractfile("0.cls").read() == b"[2,0]"
+    read = list(eval_stream(tmp_path, "a", fields=["cls"]))
+    assert [sample["cls"] for sample in read] == labels
+    assert collate(read[::2])["cls"] == [[2, 0], [1]] and collate(read[2:])["cls"] == [[1]]
+    assert torch.equal(collate([{"cls": 3}, {"cls": 4}])["cls"], torch.tensor([3, 4]))
+
+
+@pytest.mark.parametrize("stored", [b"[1,", b"[1.5]", b"[true]", b'["a"]', b"{}", b"cat", b"1.5"])
+def test_labels_that_are_none(tmp_path, stored):
+    infos = [write_shard(tmp_path / "a.tar", samples(0, 2))]
+    write_index(tmp_path, {"a": infos})
+    rewrite(tmp_path / "a.tar", lambda name, data: stored if name == "000000001.cls" else data)
+    stream = eval_stream(tmp_path, "a", fields=["cls"], max_bad_fraction=0.5)
+    assert keys(stream) == ["000000000"]  # skipped and counted as any broken field
+
+
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpg"])
 def test_image_formats(tmp_path, image_format):
     image = np.linspace(0, 255, 16 * 16 * 3).astype(np.uint8).reshape(16, 16, 3)
@@ -166,6 +188,10 @@ def test_a_writer_that_dies_leaves_what_was_there(tmp_path):
         {"key": "a", "seg": np.zeros((4, 4, 1), np.uint8)},
         {"key": "a", "image": b"...", "ext": "gif"},
         {"key": "a", "label": 1},
+        {"key": "a", "cls": 1.5},
+        {"key": "a", "cls": "cat"},
+        {"key": "a", "cls": [0, "cat"]},
+        {"key": "a", "cls": None},
     ],
 )
 def test_samples_that_break_the_rules(tmp_path, sample):
