@@ -67,6 +67,9 @@ class Writing:
                 raise UserError(f"{name}: {value}; valid: 1 or more")
 
 
+DEFAULTS = Writing()
+
+
 def check_fractions(val_fraction: float, test_fraction: float) -> None:
     """Raises UserError unless both are parts of a whole that leaves something to train on."""
     if not (0 <= val_fraction and 0 <= test_fraction and val_fraction + test_fraction < 1):
