@@ -12,7 +12,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Iterator, Mapping, cast
+from typing import Any, Iterator, Mapping, Sequence, cast
 
 import timm
 import torch
@@ -25,7 +25,7 @@ import agglom
 from agglom.adaptors import Adaptor
 from agglom.card import model_card
 from agglom.errors import UserError, brief, nearest
-from agglom.features import Dims, Features, InputSpec, StudentFeatures
+from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures
 from agglom.students import TimmStudent, fold_weights
 
 FORMAT = 1
@@ -126,8 +126,19 @@ class Exported(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """images (B, 3, H, W) in [0, 1] -> all summary tokens side by side (B, K * D), map (B, C, H', W')."""
-        features = self.student(images)
-        return Features(features.summary.flatten(1), features.spatial)
+        return self.answer(images).features
+
+    def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
+        """As `forward`, with the last blocks and the spaces of these teachers out of one pass of the student."""
+        heads = {name: cast(Adaptor, self.adaptors[name].adaptor) for name in adaptors}
+        last = self.student.tap_names[len(self.student.tap_names) - blocks :] if blocks else ()
+        wanted = {*last, *(tap for head in heads.values() for tap in head.taps)}
+        features = self.student(images, tuple(tap for tap in self.student.tap_names if tap in wanted))
+        return Answer(
+            Features(features.summary.flatten(1), features.spatial),
+            [self.student.normed(*features.taps[tap]) for tap in last],
+            {name: head(features) for name, head in heads.items()},
+        )
 
     @property
     def adaptors(self) -> Mapping[str, ThroughAdaptor]:
@@ -146,6 +157,10 @@ class ThroughAdaptor:
 
     def __call__(self, images: Tensor) -> Features:
         return self.adaptor(self.exported.student(images, tuple(self.adaptor.taps)))
+
+    def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
+        """As calling it; an adaptor has no blocks of its own."""
+        return Answer(self(images), [], {})
 
 
 class _NoAdaptor(UserError, KeyError):

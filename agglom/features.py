@@ -117,6 +117,29 @@ class Backbone(Protocol):
         ...
 
 
+class Answer(NamedTuple):
+    """Everything that one forward pass of a model can say.
+
+    Attributes:
+        features: what the model itself answers.
+        blocks: features of its last blocks (a ViT's, under its final norm) or stages (a CNN's, each on a grid of its
+            own), first to last; empty where none were asked for or the model can't tell.
+        adaptors: teacher -> the model through its adaptor for that teacher.
+    """
+
+    features: Features
+    blocks: list[Features]
+    adaptors: dict[str, Features]
+
+
+def ask(model: Backbone, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
+    """One forward pass of any model; those with an `answer` method also tell of blocks, and share it with adaptors."""
+    if hasattr(model, "answer"):
+        return model.answer(images, blocks=blocks, adaptors=adaptors)
+    through: Mapping[str, Any] = getattr(model, "adaptors", {})
+    return Answer(model(images), [], {name: through[name](images) for name in adaptors})
+
+
 def sides(x: Tensor) -> tuple[int, int]:
     """(height, width) of images or maps (B, C, H, W)."""
     return x.shape[-2], x.shape[-1]

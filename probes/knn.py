@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglom.probes.base import Result, Subject, class_count, label_problem, majority
+from agglom.probes.base import Probe, Result, Subject, class_count, label_problem, majority
 from agglom.probes.statistics import accuracy_resamples
 
 
-class KnnProbe:
+class KnnProbe(Probe):
     """Accuracy of weighted kNN on the train split; k is chosen on val.
 
     Args:
@@ -21,7 +21,7 @@ class KnnProbe:
         temperature: of the votes.
     """
 
-    name, metric, fields, spatial = "knn", "top1", ("cls",), False
+    name, metric, fields, sees = "knn", "top1", ("cls",), "both"
 
     def __init__(self, *, ks: Sequence[int] = (10, 20, 100, 200), temperature: float = 0.07) -> None:
         self.ks, self.temperature = tuple(ks), temperature

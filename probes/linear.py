@@ -7,12 +7,12 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
-from agglom.probes.base import Result, Subject, class_count, label_problem, majority
+from agglom.probes.base import Probe, Result, Subject, class_count, label_problem, majority
 from agglom.probes.solver import Standardise, fit_softmax
 from agglom.probes.statistics import accuracy_resamples
 
 
-class LinearProbe:
+class LinearProbe(Probe):
     """Top-1 of logistic regression on standardised features, fitted on train.
 
     Args:
@@ -20,7 +20,7 @@ class LinearProbe:
         features: candidates among "summary", "mean" (mean patch) and "both"; those that a model lacks are left out.
     """
 
-    name, metric, fields, spatial = "linear", "top1", ("cls",), False
+    name, metric, fields, sees = "linear", "top1", ("cls",), "both"
 
     def __init__(
         self,

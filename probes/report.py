@@ -184,7 +184,8 @@ def _retention(report: Mapping[str, Any]) -> str:
 
 
 def _scores(report: Mapping[str, Any]) -> str:
-    roles = {n: p["role"] for n, p in report["provenance"]["models"].items()}
+    roles = {**dict.fromkeys(report.get("through", {}), "adaptor")}
+    roles |= {n: p["role"] for n, p in report["provenance"]["models"].items()}
     parts = ['<section><h2 id="scores">Scores</h2>']
     for probe, entry in report["protocol"].items():
         names = [n for n in report["models"] if probe in report["models"][n]]

@@ -14,22 +14,23 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from agglom.data.streams import distributed
 from agglom.errors import UserError, nearest
-from agglom.features import Backbone, Features, TextTower
+from agglom.features import Backbone, TextTower
 from agglom.probes import pictures
 from agglom.probes.base import Probe, Result, Subject
-from agglom.probes.extract import FeatureSet, Source, Targets, Wanted, extract
+from agglom.probes.features import Targets
 from agglom.probes.fingerprint import tensors_of, weights_hash
+from agglom.probes.gather import ROLES, Gathered, ThroughModel, gather, splits_of
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
 from agglom.probes.segmentation import SegmentationProbe
+from agglom.probes.source import Source
 from agglom.probes.statistics import RESAMPLES, interval
 from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
 
 SCHEMA_VERSION = 1
-ROLES = ("train", "val", "test")
 PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "knn": KnnProbe,
     "linear": LinearProbe,
@@ -102,29 +103,20 @@ def run_probes(
 
     folder = Path(cache) if cache is not None else out / "cache"
     clock = time.monotonic()
-    targets, features, through, used = _features(models, source, plan, built, text, folder)
+    adaptors = _looked_through(models, built, text, random)
+    rank, world_size = distributed()
+    got = gather(models, source, plan, built, adaptors, folder, rank=rank, world_size=world_size)
+    if rank:  # its part is done; the first process evaluates
+        return {}
     if cache is None:
-        for entry in set(folder.iterdir()) - used:
+        for entry in set(folder.iterdir()) - got.places:
             shutil.rmtree(entry, ignore_errors=True)
     extraction_s = time.monotonic() - clock
+    targets = got.targets
 
     count = len(targets["test"].keys)
     rows = tuple(int(i) for i in np.unique(np.linspace(0, count - 1, min(show, count)).round()))
-    subjects = [
-        Subject(
-            name=name,
-            model=model,
-            features=features[name],
-            targets=targets,
-            through=through.get(name, {}),
-            text=text,
-            classes=source.index.classes,
-            seg_classes=source.index.seg_classes,
-            show=rows,
-            seed=seed,
-        )
-        for name, model in models.items()
-    ]
+    subjects = _subjects(models, got, source, plan, text, random, rows, seed)
     results, skipped, seconds = _evaluate(built, subjects)
     if not results:
         reasons = "; ".join(f"{s['probe']} of {s['model']}: {s['reason']}" for s in skipped[:4])
@@ -140,6 +132,8 @@ def run_probes(
         "ci": {
             n: {p: {m: interval(s) for m, s in r.resamples.items()} for p, r in by.items()} for n, by in results.items()
         },
+        "series": {n: {p: r.series for p, r in by.items() if r.series} for n, by in results.items()},
+        "through": {s.name: {"model": got.through[s.name][0], "adaptor": s.adaptor} for s in subjects if s.adaptor},
         "retention": _retentions(built, results, student, teachers),
         "skipped": skipped,
         "protocol": {
@@ -180,92 +174,54 @@ def run_probes(
     return report
 
 
-def splits_of(index: Any) -> dict[str, dict[str, Any]]:
-    """train, val, test -> `{"split", "rows"}`: which split it is, and "all" or which part of it.
-
-    Without a test split, val is the test; without a val split (or when it became the test), every fifth train sample
-    is val and the others train, so that nothing is ever chosen on test.
-
-    Raises:
-        UserError: there is no train split, or neither val nor test.
-    """
-    counts = {split: count for split, count in index.counts.items() if count}
-    if "train" not in counts or not {"val", "test"} & set(counts):
-        have = ", ".join(sorted(counts)) or "none"
-        raise UserError(f"{index.root}: splits {have}; the probes want train, and val or test or both")
-    test = "test" if "test" in counts else "val"
-    if "val" in counts and test != "val":
-        return {role: {"split": role, "rows": "all"} for role in ROLES}
+def _looked_through(
+    models: Mapping[str, Backbone], probes: Sequence[Probe], text: Mapping[str, TextTower], random: str | None
+) -> dict[str, list[str]]:
+    """Model -> teachers through whose adaptors it is looked at. An untrained one only where a text tower answers."""
+    sees = any(probe.sees != "encoder" for probe in probes)
+    speaks = any(probe.name in ("zeroshot", "retrieval") for probe in probes)
     return {
-        "train": {"split": "train", "rows": "4 of 5"},
-        "val": {"split": "train", "rows": "every 5th"},
-        "test": {"split": test, "rows": "all"},
+        name: [t for t in getattr(model, "adaptors", {}) if (sees and name != random) or (speaks and t in text)]
+        for name, model in models.items()
     }
 
 
-def _features(
+def _subjects(
     models: Mapping[str, Backbone],
+    got: Gathered,
     source: Source,
     plan: dict[str, dict[str, Any]],
-    probes: Sequence[Probe],
     text: Mapping[str, TextTower],
-    cache: Path,
-) -> tuple[
-    dict[str, Targets], dict[str, dict[str, FeatureSet]], dict[str, dict[str, FeatureSet]], set[Path]
-]:  # fmt: skip
-    """Role -> targets; model -> role -> features; model -> teacher -> test features through the adaptor; places."""
-    maps = any(p.spatial and all(f in source.index.fields[plan["test"]["split"]] for f in p.fields) for p in probes)
-    inside = {
-        f"{name} > {tower}": (name, tower)
-        for name, model in models.items()
-        for tower in text
-        if any(probe.name == "zeroshot" for probe in probes) and tower in getattr(model, "adaptors", {})
-    }
-    targets: dict[str, Targets] = {}
-    features: dict[str, dict[str, FeatureSet]] = {name: {} for name in models}
-    through: dict[str, dict[str, FeatureSet]] = {}
-    read: dict[str, tuple[Targets, dict[str, FeatureSet]]] = {}
-    used: set[Path] = set()
-    for role in ROLES:
-        split = plan[role]["split"]
-        if split not in read:
-            wanted = {name: Wanted(model, spatial=maps) for name, model in models.items()}
-            if role == "test":
-                wanted |= {key: Wanted(_Through(models[n], t)) for key, (n, t) in inside.items()}
-            found_targets, found, places = extract(wanted, source, split, cache)
-            read[split] = found_targets, found
-            used |= places
-        found_targets, found = read[split]
-        rows = _part(len(found_targets.keys), plan[role]["rows"])
-        targets[role] = found_targets if rows is None else found_targets.take(rows)
-        plan[role]["count"] = len(targets[role].keys)
-        plan[role]["unreadable"] = source.rows(split) - len(found_targets.keys)
-        for name in models:
-            features[name][role] = found[name] if rows is None else found[name].take(rows)
-        if role == "test":
-            for key, (name, tower) in inside.items():
-                through.setdefault(name, {})[tower] = found[key]
-    return targets, features, through, used
+    random: str | None,
+    rows: tuple[int, ...],
+    seed: int,
+) -> list[Subject]:
+    """Every model, and every trained one through each of its adaptors."""
 
+    def subject(name: str, model: Backbone, **more: Any) -> Subject:
+        return Subject(
+            name=name,
+            model=model,
+            features=got.features[name],
+            targets=got.targets,
+            peers=got.features,
+            source=source,
+            plan=plan,
+            text=text,
+            classes=source.index.classes,
+            seg_classes=source.index.seg_classes,
+            show=rows,
+            seed=seed,
+            **more,
+        )
 
-def _part(count: int, rows: str) -> np.ndarray | None:
-    if rows == "all":
-        return None
-    fifth = np.arange(count) % 5 == 4
-    return np.flatnonzero(fifth if rows == "every 5th" else ~fifth)
-
-
-class _Through(torch.nn.Module):
-    """A model seen through one of its adaptors: answers in that teacher's space."""
-
-    def __init__(self, model: Any, teacher: str) -> None:
-        super().__init__()
-        if isinstance(model, torch.nn.Module):
-            self.model = model  # a submodule, so that its weights are hashed and its device is known
-        self.input, self._adaptor = model.input, [model.adaptors[teacher]]
-
-    def forward(self, images: Tensor) -> Features:
-        return self._adaptor[0](images)
+    out = []
+    for name, model in models.items():
+        inside = {teacher: key for key, (owner, teacher) in got.through.items() if owner == name}
+        out.append(subject(name, model, through={t: got.features[key]["test"] for t, key in inside.items()}))
+        if name != random:
+            out += [subject(key, ThroughModel(model, t), adaptor=t) for t, key in inside.items()]
+    return out
 
 
 def _evaluate(
@@ -276,6 +232,8 @@ def _evaluate(
     seconds: dict[str, dict[str, float]] = {}
     for probe in probes:
         for subject in subjects:
+            if probe.sees != "both" and (probe.sees == "encoder") != (subject.adaptor is None):
+                continue
             reason = probe.missing(subject)
             if reason is not None:
                 skipped.append({"probe": probe.name, "model": subject.name, "reason": reason})
@@ -291,6 +249,8 @@ def _retentions(
 ) -> dict[str, dict[str, Any]]:
     out = {}
     for probe in probes:
+        if not probe.bounded:
+            continue
         mine = results.get(student, {}).get(probe.name)
         theirs = {t: results[t][probe.name] for t in teachers if probe.name in results.get(t, {})}
         if mine is None or not theirs:
@@ -349,7 +309,7 @@ def _pictures(
     return [
         {
             "key": targets.keys[row],
-            "caption": targets.captions[row] if targets.captions else None,
+            "caption": targets.captions[row][0] if targets.captions else None,
             "label": (
                 None if targets.labels is None else _name(classes, int(targets.labels[row]))
             ),

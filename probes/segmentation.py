@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agglom.errors import UserError
-from agglom.probes.base import Result, Subject
-from agglom.probes.extract import FeatureSet, Targets
+from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.solver import Head, Standardise, fit_softmax
 from agglom.probes.statistics import bootstrap
 
 IGNORE = 255
 
 
-class SegmentationProbe:
+class SegmentationProbe(Probe):
     """mIoU, pixel accuracy (aacc) and mean class accuracy (macc) at the mask's resolution.
 
     Args:
@@ -32,7 +32,7 @@ class SegmentationProbe:
         pixels: how many training pixels are drawn in all, the same number from every image.
     """
 
-    name, metric, fields, spatial = "segmentation", "miou", ("seg",), True
+    name, metric, fields, spatial, sees = "segmentation", "miou", ("seg",), True, "both"
 
     def __init__(self, *, l2: Sequence[float] = (0.01, 0.001, 0.0001, 0.00001), pixels: int = 50_000) -> None:
         self.l2, self.pixels = tuple(l2), pixels

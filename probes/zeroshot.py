@@ -11,14 +11,14 @@ from torch import Tensor
 
 from agglom.errors import UserError
 from agglom.features import TextTower
-from agglom.probes.base import Result, Subject, majority
-from agglom.probes.extract import FeatureSet
+from agglom.probes.base import Probe, Result, Subject, majority
+from agglom.probes.features import FeatureSet
 from agglom.probes.statistics import accuracy_resamples
 
 TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image with a {}")
 
 
-class ZeroShotProbe:
+class ZeroShotProbe(Probe):
     """Top-1 and top-5 of the class whose averaged prompt embedding is nearest by cosine.
 
     A teacher with a text tower answers with its own summary; any other model through its adaptor for such a teacher.
@@ -28,7 +28,7 @@ class ZeroShotProbe:
         templates: each with one `{}` for the class name.
     """
 
-    name, metric, fields, spatial = "zeroshot", "top1", ("cls",), False
+    name, metric, fields = "zeroshot", "top1", ("cls",)
 
     def __init__(self, *, templates: Sequence[str] = TEMPLATES) -> None:
         bad = next((t for t in templates if t.count("{}") != 1), None)

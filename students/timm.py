@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agglom.errors import UserError, nearest
-from agglom.features import Dims, InputSpec, StudentFeatures, prepare
+from agglom.features import Dims, Features, InputSpec, StudentFeatures, prepare
 
 from .base import Student
 from .damp import add_noise
@@ -176,6 +176,13 @@ class TimmStudent(Student):
             self.tap_names[i]: (x.mean((2, 3)).unsqueeze(1), x) for i, x in zip(sorted(indices), blocks, strict=True)
         }
         return StudentFeatures(summary.unsqueeze(1), spatial, {t: tapped[t] for t in taps})
+
+    def normed(self, summary: Tensor, spatial: Tensor) -> Features:
+        """A tapped block as the final norm leaves it: (B, K, D), (B, C, H, W) -> (B, K * D), (B, C, H, W)."""
+        if self.is_vit:
+            norm = self.backbone.norm
+            summary, spatial = norm(summary), norm(spatial.movedim(1, -1)).movedim(-1, 1)
+        return Features(summary.flatten(1), spatial)
 
     def no_weight_decay(self) -> set[str]:
         """Names (relative to this module) that weight decay leaves alone: position embeddings and prefix tokens."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from agglom.features import Dims, Features, InputSpec, prepare
+from agglom.features import Answer, Dims, Features, InputSpec, prepare
 from agglom.teachers.precision import lower_precision
 
 Dtype = Literal["fp32", "bf16"]
@@ -88,13 +88,23 @@ class Teacher(nn.Module):
 
         The caller's autocast is switched off, so a teacher's targets are the same in any training precision.
         """
+        return self.answer(images).features
+
+    def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
+        """As `forward`, with its last `blocks` blocks where the subclass can tell them; a teacher has no adaptors."""
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; a teacher takes floats in [0, 1]: divide by 255")
+        if adaptors:
+            raise ValueError(f"adaptors {list(adaptors)}: a teacher has none")
         kind = images.device.type if torch.amp.is_autocast_available(images.device.type) else "cpu"
         pixels = prepare(images.detach().float(), self.input)
         with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
-            summary, spatial = self.encode(pixels)
-        return Features(*(None if x is None else x.detach().float() for x in (summary, spatial)))
+            features, last = self.encode_blocks(pixels, blocks) if blocks else (self.encode(pixels), [])
+        return Answer(_plain(features), [_plain(block) for block in last], {})
+
+    def encode_blocks(self, pixels: Tensor, count: int) -> tuple[Features, list[Features]]:
+        """`encode`, and the last `count` blocks' features; a subclass that can't tell them says nothing of them."""
+        return self.encode(pixels), []
 
     def dry_run(self, size: tuple[int, int]) -> Features:
         """`encode` one blank image of `size` pixels: shapes, without arithmetic where the network allows.
@@ -144,6 +154,10 @@ class Teacher(nn.Module):
     def extra_repr(self) -> str:
         millions = sum(tensor.numel() for _, tensor in self.tensors()) / 1e6
         return f"source={self.source!r}, summary={self.summary_dim}, spatial={self.spatial_dim}, {millions:.1f}M frozen"
+
+
+def _plain(features: Features) -> Features:
+    return Features(*(None if x is None else x.detach().float() for x in features))
 
 
 class _Encode(nn.Module):

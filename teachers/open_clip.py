@@ -73,10 +73,26 @@ class OpenClipTeacher(Teacher):
         return OpenClipText(self)
 
     def encode(self, pixels: Tensor) -> Features:
-        out = self.model.visual.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=self._norm, output_fmt="NCHW"
+        return self.encode_blocks(pixels, 1)[0]
+
+    def encode_blocks(self, pixels: Tensor, count: int) -> tuple[Features, list[Features]]:
+        """See Teacher. A block's summary is its class token where the tower shows it, else the mean of its map."""
+        visual = self.model.visual
+        depth = getattr(getattr(visual, "transformer", None), "layers", None)
+        out = visual.forward_intermediates(
+            pixels,
+            indices=count if depth is None else min(count, depth),
+            normalize_intermediates=self._norm,
+            output_fmt="NCHW",
+            output_extra_tokens=True,
         )
-        return Features(out["image_features"], out["image_intermediates"][-1])
+        maps = out["image_intermediates"]
+        first = out.get("image_intermediates_prefix") or [None] * len(maps)
+        last = [
+            Features(x.mean((2, 3)) if prefix is None else prefix[:, 0], x)
+            for x, prefix in zip(maps, first, strict=True)
+        ]
+        return Features(out["image_features"], maps[-1]), last
 
     def _discover(self, asked: Size, who: str) -> None:
         """Input contract from open_clip's own preprocessing, widths and stride from a dry run."""

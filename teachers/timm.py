@@ -76,8 +76,29 @@ class TimmTeacher(Teacher):
         self.freeze(network, dtype=dtype)
 
     def encode(self, pixels: Tensor) -> Features:
+        return self._read(self.network.forward_features(pixels), pixels)
+
+    def encode_blocks(self, pixels: Tensor, count: int) -> tuple[Features, list[Features]]:
+        """See Teacher. A block's summary is its class token, else the mean of its map."""
         network: Any = self.network
-        out = network.forward_features(pixels)
+        if not hasattr(network, "forward_intermediates"):
+            return self.encode(pixels), []
+        prefix = getattr(network, "num_prefix_tokens", None)
+        if prefix is None:  # stages of a CNN
+            out, maps = network.forward_intermediates(pixels, indices=min(count, len(network.feature_info)))
+            return self._read(out, pixels), [Features(x.mean((2, 3)), x) for x in maps]
+        out, blocks = network.forward_intermediates(
+            pixels, indices=min(count, len(network.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NCHW"
+        )
+        pairs = blocks if prefix else [(x, None) for x in blocks]
+        has_class = getattr(network, "cls_token", None) is not None
+        return self._read(out, pixels), [
+            Features(first[:, 0] if has_class and first is not None else x.mean((2, 3)), x) for x, first in pairs
+        ]
+
+    def _read(self, out: Any, pixels: Tensor) -> Features:
+        """What `forward_features` gave -> summary and map."""
+        network: Any = self.network
         if not isinstance(out, Tensor):
             raise UserError(
                 f"TimmTeacher {self.name}: its features are a {type(out).__name__}, not one map; not supported"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import as_file, files
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +61,20 @@ class TinyTeacher(Teacher):
         return cast(TextTower, self.network) if self.name == "clip" else None
 
     def encode(self, pixels: Tensor) -> Features:
-        tokens = (self.network.vision if self.name == "clip" else self.network).tokens(pixels)  # (B, 64, 192)
-        spatial = tokens.transpose(1, 2).unflatten(2, self.input.grid((pixels.shape[-2], pixels.shape[-1])))
-        if self.name == "sam":
-            return Features(None, spatial)
-        pooled = tokens.mean(1)
-        return Features(self.network.projection(pooled) if self.name == "clip" else pooled, spatial)
+        return self.encode_blocks(pixels, 1)[0]
+
+    def encode_blocks(self, pixels: Tensor, count: int) -> tuple[Features, list[Features]]:
+        """See Teacher. A block's summary is the mean of its map."""
+        vision: Any = self.network.vision if self.name == "clip" else self.network
+        _, blocks = vision.forward_intermediates(
+            pixels, indices=min(count, len(vision.blocks)), norm=True, output_fmt="NLC"
+        )  # (B, 64, 192) each
+        grid = self.input.grid((pixels.shape[-2], pixels.shape[-1]))
+        last = [Features(x.mean(1), x.transpose(1, 2).unflatten(2, grid)) for x in blocks]
+        summary, spatial = last[-1]
+        if self.name == "clip":
+            return Features(self.network.projection(summary), spatial), last
+        return Features(None if self.name == "sam" else summary, spatial), last
 
 
 def _load(network: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from agglom.errors import UserError
 from agglom.features import InputSpec
 from agglom.probes import KnnProbe, LinearProbe, Probe, SegmentationProbe, Subject, ZeroShotProbe
-from agglom.probes.extract import FeatureSet, Targets
+from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.zeroshot import classifier
 
 K, GRID = 4, 4

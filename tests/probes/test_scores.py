@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from agglom.probes.extract import FeatureSet, Targets
+from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.knn import neighbours, votes
 from agglom.probes.segmentation import count_areas, draw_pixels, predict, scores
 from agglom.probes.solver import Head, Standardise, fit_softmax
