@@ -1,4 +1,4 @@
-"""Several probes on several models under one protocol, into one report.json."""
+"""What the probes found of several models, into one report.json."""
 
 from __future__ import annotations
 
@@ -8,35 +8,24 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from agglom.data.streams import distributed
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes import pictures
-from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.base import Probe, Result
 from agglom.probes.features import Targets
 from agglom.probes.fingerprint import tensors_of, weights_hash
-from agglom.probes.gather import ROLES, Gathered, ThroughModel, gather, splits_of
-from agglom.probes.knn import KnnProbe
-from agglom.probes.linear import LinearProbe
-from agglom.probes.segmentation import SegmentationProbe
+from agglom.probes.measure import PROBES, measure
 from agglom.probes.source import Source
 from agglom.probes.statistics import RESAMPLES, interval
-from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
+from agglom.probes.zeroshot import TEMPLATES
 
 SCHEMA_VERSION = 1
-PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
-    "knn": KnnProbe,
-    "linear": LinearProbe,
-    "segmentation": SegmentationProbe,
-    "zeroshot": ZeroShotProbe,
-}
 
 
 def run_probes(
@@ -81,45 +70,31 @@ def run_probes(
         seed: of random pixels and bootstrap.
 
     Returns:
-        the report, as written.
+        the report, as written; empty in all processes but the first where several share the extraction out.
 
     Raises:
         UserError: unknown probe, model name or split; no probe could run; bad data (see `extract`).
     """
     out, started = Path(out), time.monotonic()
-    text = dict(text or {})
-    built = [_build(probe, templates) for probe in probes]
-    _check_names(models, student, teachers, random, text, limits)
-    fields = tuple(
-        sorted({"txt"} | {field for probe in built for field in probe.fields})
-    )  # txt: captions in the report
-    source = Source.open(data, size=size, fields=fields)
-    plan = splits_of(source.index)
-    source = replace(source, limits={plan[role]["split"]: n for role, n in (limits or {}).items() if role in plan})
+    _check_names(models, student, teachers, random)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise UserError(f"{out}: can't be written ({err.strerror or err}); choose another --out") from err
-
     folder = Path(cache) if cache is not None else out / "cache"
-    clock = time.monotonic()
-    adaptors = _looked_through(models, built, text, random)
-    rank, world_size = distributed()
-    got = gather(models, source, plan, built, adaptors, folder, rank=rank, world_size=world_size)
-    if rank:  # its part is done; the first process evaluates
+    found = measure(
+        models, data, probes, folder, text=text, random=random, limits=limits, templates=templates, size=size,
+        show=show, seed=seed,
+    )  # fmt: skip
+    if found is None:
         return {}
     if cache is None:
-        for entry in set(folder.iterdir()) - got.places:
+        for entry in set(folder.iterdir()) - found.got.places:
             shutil.rmtree(entry, ignore_errors=True)
-    extraction_s = time.monotonic() - clock
-    targets = got.targets
-
-    count = len(targets["test"].keys)
-    rows = tuple(int(i) for i in np.unique(np.linspace(0, count - 1, min(show, count)).round()))
-    subjects = _subjects(models, got, source, plan, text, random, rows, seed)
-    results, skipped, seconds = _evaluate(built, subjects)
+    built, source, plan, got, results = found.probes, found.source, found.plan, found.got, found.results
+    rows, targets = found.subjects[0].show, found.got.targets
     if not results:
-        reasons = "; ".join(f"{s['probe']} of {s['model']}: {s['reason']}" for s in skipped[:4])
+        reasons = "; ".join(f"{s['probe']} of {s['model']}: {s['reason']}" for s in found.skipped[:4])
         raise UserError(f"{data}: no probe could run ({reasons}); choose other data, probes or models")
 
     roles = {name: _role(name, student, teachers, random) for name in models}
@@ -133,9 +108,11 @@ def run_probes(
             n: {p: {m: interval(s) for m, s in r.resamples.items()} for p, r in by.items()} for n, by in results.items()
         },
         "series": {n: {p: r.series for p, r in by.items() if r.series} for n, by in results.items()},
-        "through": {s.name: {"model": got.through[s.name][0], "adaptor": s.adaptor} for s in subjects if s.adaptor},
+        "through": {
+            s.name: {"model": got.through[s.name][0], "adaptor": s.adaptor} for s in found.subjects if s.adaptor
+        },
         "retention": _retentions(built, results, student, teachers),
-        "skipped": skipped,
+        "skipped": found.skipped,
         "protocol": {
             probe.name: {
                 "metric": probe.metric,
@@ -162,7 +139,7 @@ def run_probes(
             "versions": _versions(),
             "device": {"cpu_threads": torch.get_num_threads(), "machine": platform.machine()},
         },
-        "seconds": {"extraction": round(extraction_s, 2), "probes": seconds},
+        "seconds": {"extraction": round(found.extraction, 2), "probes": found.seconds},
     }
     report["retention_mean"] = _mean([r["value"] for r in report["retention"].values()])
     report["examples"] = _pictures(out, source, plan["test"], models, targets["test"], rows, results, student)
@@ -172,76 +149,6 @@ def run_probes(
     scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, out / "report.json")
     return report
-
-
-def _looked_through(
-    models: Mapping[str, Backbone], probes: Sequence[Probe], text: Mapping[str, TextTower], random: str | None
-) -> dict[str, list[str]]:
-    """Model -> teachers through whose adaptors it is looked at. An untrained one only where a text tower answers."""
-    sees = any(probe.sees != "encoder" for probe in probes)
-    speaks = any(probe.name in ("zeroshot", "retrieval") for probe in probes)
-    return {
-        name: [t for t in getattr(model, "adaptors", {}) if (sees and name != random) or (speaks and t in text)]
-        for name, model in models.items()
-    }
-
-
-def _subjects(
-    models: Mapping[str, Backbone],
-    got: Gathered,
-    source: Source,
-    plan: dict[str, dict[str, Any]],
-    text: Mapping[str, TextTower],
-    random: str | None,
-    rows: tuple[int, ...],
-    seed: int,
-) -> list[Subject]:
-    """Every model, and every trained one through each of its adaptors."""
-
-    def subject(name: str, model: Backbone, **more: Any) -> Subject:
-        return Subject(
-            name=name,
-            model=model,
-            features=got.features[name],
-            targets=got.targets,
-            peers=got.features,
-            source=source,
-            plan=plan,
-            text=text,
-            classes=source.index.classes,
-            seg_classes=source.index.seg_classes,
-            show=rows,
-            seed=seed,
-            **more,
-        )
-
-    out = []
-    for name, model in models.items():
-        inside = {teacher: key for key, (owner, teacher) in got.through.items() if owner == name}
-        out.append(subject(name, model, through={t: got.features[key]["test"] for t, key in inside.items()}))
-        if name != random:
-            out += [subject(key, ThroughModel(model, t), adaptor=t) for t, key in inside.items()]
-    return out
-
-
-def _evaluate(
-    probes: Sequence[Probe], subjects: Sequence[Subject]
-) -> tuple[dict[str, dict[str, Result]], list[dict[str, str]], dict[str, dict[str, float]]]:
-    results: dict[str, dict[str, Result]] = {}
-    skipped: list[dict[str, str]] = []
-    seconds: dict[str, dict[str, float]] = {}
-    for probe in probes:
-        for subject in subjects:
-            if probe.sees != "both" and (probe.sees == "encoder") != (subject.adaptor is None):
-                continue
-            reason = probe.missing(subject)
-            if reason is not None:
-                skipped.append({"probe": probe.name, "model": subject.name, "reason": reason})
-                continue
-            clock = time.monotonic()
-            results.setdefault(subject.name, {})[probe.name] = probe.evaluate(subject)
-            seconds.setdefault(probe.name, {})[subject.name] = round(time.monotonic() - clock, 3)
-    return results, skipped, seconds
 
 
 def _retentions(
@@ -323,31 +230,16 @@ def _name(classes: Sequence[str] | None, label: int) -> str:
     return classes[label] if classes and label < len(classes) else str(label)
 
 
-def _build(probe: str | Probe, templates: Sequence[str]) -> Probe:
-    if not isinstance(probe, str):
-        return probe
-    if probe not in PROBES:
-        raise UserError(f"probes: {probe!r}; {nearest(probe, PROBES)}")
-    return PROBES[probe](**({"templates": templates} if probe == "zeroshot" else {}))
-
-
 def _check_names(
     models: Mapping[str, Backbone],
     student: str,
     teachers: Sequence[str],
     random: str | None,
-    text: Mapping[str, TextTower],
-    limits: Mapping[str, int] | None,
 ) -> None:
     named = [("student", student), *(("teachers", t) for t in teachers), *([("random", random)] if random else [])]
     for role, name in named:
         if name not in models:
             raise UserError(f"{role}: {name!r} is not among the models; {nearest(name, models)}")
-    for role, limit in (limits or {}).items():
-        if role not in ROLES:
-            raise UserError(f"limits: {role!r}; {nearest(role, ROLES)}")
-        if limit < 1:
-            raise UserError(f"limits.{role}: {limit}; valid: 1 or more")
 
 
 def _role(name: str, student: str, teachers: Sequence[str], random: str | None) -> str:
