@@ -14,7 +14,7 @@ from agglom.errors import UserError, nearest
 COMMANDS = {
     "fit": "train a student from a YAML file; --ckpt_path last resumes",
     "check": "validate YAML files without building anything; prints every problem",
-    "data": "write shards: agglom data scenes|imagefolder",
+    "data": "write shards: agglom data scenes|imagefolder|coco|ade|voc|csv",
     "probe": "evaluate frozen backbones on shards",
     "report": "report.json -> report.md and report.html",
     "export": "checkpoint -> timm-loadable folder with adaptors and model card",
@@ -83,7 +83,14 @@ def _run(name: str, args: list[str]) -> None:
         commands.check(args)
         return
     if name == "data":
-        writers = {"scenes": commands.data_scenes, "imagefolder": commands.data_imagefolder}
+        writers = {
+            "scenes": commands.data_scenes,
+            "imagefolder": commands.data_imagefolder,
+            "coco": commands.data_coco,
+            "ade": commands.data_ade,
+            "voc": commands.data_voc,
+            "csv": commands.data_csv,
+        }
         if not args or args[0] not in writers:
             given = args[0] if args else "nothing"
             if given in ("-h", "--help"):

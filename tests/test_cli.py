@@ -65,6 +65,12 @@ def test_help_needs_nothing_heavy():
             ["data", "imagefolder", "--source", "shards", "--out", "x", "--vall", "1"],
             ["vall", "--help lists the options"],
         ),
+        (["data", "coco", "--source", "nowhere", "--out", "x"], ["nowhere: no such folder"]),
+        (["data", "coco", "--out", "x"], ["--source DIR", "--images DIR"]),
+        (["data", "ade", "--source", "shards", "--out", "x"], ["neither images/training nor"]),
+        (["data", "voc", "--source", "shards", "--out", "x"], ["no folder JPEGImages"]),
+        (["data", "csv", "--source", "a-file", "--out", "x"], ["no column image"]),
+        (["data", "csv", "--out", "x"], ["source", "--help lists the options"]),
         (["export", "--ckpt", "none.ckpt", "--out", "x"], ["none.ckpt does not exist", "RUN/checkpoints/last.ckpt"]),
         (["export", "--ckpt", "shards", "--out", "x"], ["does not exist"]),
         (["export", "--ckpt", "none.ckpt", "--out", "shards"], ["out: shards holds something else"]),
@@ -88,6 +94,24 @@ def test_errors_are_one_line_and_exit_2(args, parts, work, capsys):
     assert code == 2 and len(err) == 1 and err[0].startswith(f"agglom {args[0]}: "), (out, err)
     assert all(part in err[0] for part in parts), err[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing lost
+
+
+def test_a_table_becomes_shards(work, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(work / "one.png")
+    (work / "table.csv").write_text("image,label,caption\none.png,cat;dog,a pair\n")
+    code, out, err = run(capsys, "data", "csv", "--source", "table.csv", "--out", "x", "--licence", "CC0")
+    assert code == 0 and out.strip() == "x/index.json", err
+    code, out, _ = run(capsys, "info", "x")
+    assert code == 0 and "fields cls, image, txt" in out and "licence CC0" in out and "classes: cat, dog" in out
+
+
+def test_every_writer_lists_its_options(capsys):
+    words = {"coco": "--panoptic", "ade": "--source", "voc": "--image_set", "csv": "--seg_classes"}
+    for writer, option in words.items():
+        code, out, _ = run(capsys, "data", writer, "--help")
+        assert code == 0 and option in out and "--overwrite" in out
 
 
 @pytest.mark.parametrize("out", ["a-file", "a-file/below"])

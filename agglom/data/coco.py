@@ -1,12 +1,12 @@
 """A COCO folder, or any data in COCO's format, into shards: masks, boxes, classes and captions in one go.
 
-| field   | from                   | is                                                                              |
-|---------|------------------------|---------------------------------------------------------------------------------|
-| `boxes` | instances              | clipped to the image; labels from 0 on in the order of the category ids          |
-| `cls`   | instances              | list of the classes present, crowds too                                          |
-| `seg`   | panoptic               | things and stuff in the order of their category ids; 255 = void                  |
-| `seg`   | instances              | 0 = background, class k is k + 1; 255 = crowds, and boxes of things without mask |
-| `txt`   | captions               | one a line; empty where an image has none                                        |
+| field   | from      | is                                                                               |
+|---------|-----------|----------------------------------------------------------------------------------|
+| `boxes` | instances | clipped to the image; labels from 0 on in the order of the category ids          |
+| `cls`   | instances | list of the classes present, crowds too                                          |
+| `seg`   | panoptic  | things and stuff in the order of their category ids; 255 = void                  |
+| `seg`   | instances | 0 = background, class k is k + 1; 255 = crowds, and boxes of things without mask |
+| `txt`   | captions  | one a line; empty where an image has none                                        |
 """
 
 from __future__ import annotations
