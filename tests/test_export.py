@@ -194,6 +194,30 @@ def test_folded_prediction_is_the_denormalised_one(name):
         torch.testing.assert_close(getattr(head.adaptor(student, (5, 5)), part), getattr(raw, part))  # left untouched
 
 
+@pytest.mark.parametrize("kind", ["registers", "cnn"])
+def test_one_pass_answers_for_student_blocks_and_adaptors(kind, tiny_student, tiny_teachers, tmp_path):
+    """`answer` runs the student once; each part equals what its own way gives."""
+    loaded = agglom.load(export(distiller(tiny_student, tiny_teachers, kind, LadderAdaptor), tmp_path))
+    calls = []
+    loaded.student.register_forward_hook(lambda *_: calls.append(1))
+    found = loaded.answer(images(), blocks=2, adaptors=("clip", "sam"))
+    assert len(calls) == 1
+    plain = loaded(images())
+    torch.testing.assert_close(found.features.summary, plain.summary)
+    torch.testing.assert_close(found.features.spatial, plain.spatial)
+    for name in ("clip", "sam"):
+        own = loaded.adaptors[name](images())
+        torch.testing.assert_close(found.adaptors[name].spatial, own.spatial)
+    assert found.adaptors["sam"].summary is None
+    taps = loaded.forward_features(images(), loaded.student.tap_names[-2:]).taps
+    norm = loaded.student.backbone.norm if loaded.student.is_vit else torch.nn.Identity()
+    for block, (summary, spatial) in zip(found.blocks, taps.values(), strict=True):
+        torch.testing.assert_close(block.summary, norm(summary).flatten(1))
+        torch.testing.assert_close(block.spatial, norm(spatial.movedim(1, -1)).movedim(-1, 1))
+    if loaded.student.is_vit:
+        torch.testing.assert_close(found.blocks[-1].spatial, plain.spatial)
+
+
 def test_random_like_is_another_student_and_seeded(tiny_student, tiny_teachers, tmp_path):
     loaded = agglom.load(
         export(distiller(tiny_student, tiny_teachers, "registers", LadderAdaptor), tmp_path / "export")

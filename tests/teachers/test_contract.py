@@ -68,6 +68,10 @@ CASES: dict[str, Callable[..., Teacher]] = {
 }
 
 
+STAGES = {"cnn", "swin", "open_clip_resnet"}  # several grids
+SILENT = {"torch", "torchscript"}  # can't tell their blocks
+
+
 def build(case: str, **options: Any) -> Teacher:
     torch.manual_seed(0)
     teacher = CASES[case](**options)
@@ -239,6 +243,29 @@ def test_dry_run_matches_a_real_one(teacher):
     for dry, x in zip(teacher.dry_run(size), real, strict=True):
         assert (dry is None) == (x is None)
         assert dry is None or dry.shape[1:] == x.shape[1:]
+
+
+def test_blocks_beside_the_same_answer(teacher, case):
+    """`answer` says what calling it says; the last block of those that tell is the map itself."""
+    x = images()
+    answer = teacher.answer(x, blocks=2)
+    same(answer.features, teacher(x), atol=1e-5, rtol=1e-5)
+    assert answer.adaptors == {}
+    if case in SILENT:
+        assert answer.blocks == []
+        return
+    assert len(answer.blocks) == 2
+    for block in answer.blocks:
+        assert block.summary.shape == (len(x), block.spatial.shape[1]) and not block.spatial.requires_grad
+    if case == "sam":  # a neck comes after its blocks
+        assert answer.blocks[-1].spatial.shape[1] == VIT["embed_dim"]
+    elif case not in STAGES:
+        torch.testing.assert_close(answer.blocks[-1].spatial, answer.features.spatial, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(answer.blocks[0].spatial, answer.blocks[1].spatial)
+    else:  # each on a grid of its own
+        assert answer.blocks[0].spatial.shape[-1] > answer.blocks[1].spatial.shape[-1]
+    with pytest.raises(ValueError, match="a teacher has none"):
+        teacher.answer(x, adaptors=("clip",))
 
 
 def test_integers_are_refused(teacher):
