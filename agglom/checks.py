@@ -181,7 +181,15 @@ def _plan(stages: list[Stage], model: dict[str, Any], data: dict[str, Any], trai
         stages, max_steps=steps if isinstance(steps, int) and steps > 0 else None, teachers=teachers
     )
     ranks, micros = _world(trainer), trainer.get("accumulate_grad_batches", 1)
+    objectives = _section(model, "objectives")
+    across = [name for name, cls in zip(objectives, _classes(objectives), strict=True) if _reads_captions(cls)]
     for index, stage in enumerate(stages):
+        sizes = [part.batch_size for part in stage.parts()]
+        if ranks > 1 and len(set(sizes)) > 1 and across:
+            yield (
+                f"stages.{index}.partitions: batch_size {sizes}, but model.objectives.{across[0]} compares the images "
+                f"of all ranks; valid: one batch_size for all; change it"
+            )
         parts, slots = len(stage.parts()), ranks * (micros if isinstance(micros, int) else 1)
         if slots % parts:
             yield (
@@ -194,14 +202,11 @@ def _plan(stages: list[Stage], model: dict[str, Any], data: dict[str, Any], trai
 
 def _strategy(stages: list[Stage], model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     """Several ranks must be told that some parameters may have no gradient."""
-    from agglom.selfdistill import Objective
-
     apart = any(part.teachers is not None for stage in stages for part in stage.parts())
     apart |= any(stage.freeze_steps for stage in stages)
-    for entry in _section(model, "objectives").values():
+    objectives = _section(model, "objectives")
+    for entry, cls in zip(objectives.values(), _classes(objectives), strict=True):
         options = _section(entry, "init_args") if isinstance(entry, dict) else {}
-        path = entry.get("class_path") if isinstance(entry, dict) else entry
-        cls = find_class(str(path), Objective)
         apart |= bool(options.get("start") or options.get("stop") or getattr(cls, "partial", False))
     if apart and _world(trainer) > 1 and "find_unused" not in str(trainer.get("strategy")):
         yield (
@@ -220,6 +225,7 @@ def _objectives(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]
     yield from conflicts(
         teachers,
         objectives,
+        anchored=any(getattr(cls, "anchors", False) for cls in _classes(objectives)),
         ema_decay=model.get("ema_decay", 0.0),
         ema_schedule=str(model.get("ema_schedule")),
         anneal_anyway=model.get("ema_anneal_anyway") is True,
@@ -235,6 +241,18 @@ def _objectives(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]
                 f"model.objectives.{name}.init_args.start: {start}; valid: less than trainer.max_steps {total}, or a "
                 f"fraction below 1; lower it"
             )
+
+
+def _reads_captions(objective: type | None) -> bool:
+    return "captions" in getattr(objective, "needs", ())
+
+
+def _classes(objectives: dict[str, Any]) -> list[type | None]:
+    """The class of each objective, None where there is no such class."""
+    from agglom.selfdistill import Objective
+
+    paths = [entry.get("class_path") if isinstance(entry, dict) else entry for entry in objectives.values()]
+    return [find_class(str(path), Objective) for path in paths]
 
 
 def _world(trainer: dict[str, Any]) -> int:

@@ -87,8 +87,8 @@ class Distiller(pl.LightningModule):
         ema_decay: of the averaged weights that are validated, exported and asked by objectives; null for none.
         ema_schedule: of the decay: fixed, or by a cosine up to 1.
         ema_warmup: let a fixed decay begin low (see `agglom.callbacks.WeightEMA`).
-        ema_anneal_anyway: allow a cosine decay beside frozen teachers, which is refused otherwise: as it nears 1, an
-            average that objectives learn from stops following what the teachers still teach the student (SILC).
+        ema_anneal_anyway: allow a cosine decay beside frozen teachers or captions, which is refused otherwise: as it
+            nears 1, an average that objectives learn from stops following what these still teach the student (SILC).
         remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
             only for training without random crops and flips.
 
@@ -128,9 +128,6 @@ class Distiller(pl.LightningModule):
         super().__init__()
         if not teachers and not objectives:
             raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
-        average: Any = {"ema_decay": ema_decay, "ema_schedule": ema_schedule, "anneal_anyway": ema_anneal_anyway}
-        if found := list(conflicts(teachers, objectives or (), **average)):
-            raise UserError("; ".join(found))
         known = [str(name) for name in list_optimizers()]
         if optimizer not in known:
             raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, known)}; take one")
@@ -156,8 +153,12 @@ class Distiller(pl.LightningModule):
                 },
                 align=config.align,
             )
-        # One module for everything that is trained: what the optimiser, the EMA and the export look at.
         built = nn.ModuleDict({name: make(student.dims) for name, make in (objectives or {}).items()})
+        anchored = any(cast(Objective, objective).anchors for objective in built.values())
+        average: Any = {"ema_decay": ema_decay, "ema_schedule": ema_schedule, "anneal_anyway": ema_anneal_anyway}
+        if found := list(conflicts(teachers, objectives or (), anchored=anchored, **average)):
+            raise UserError("; ".join(found))
+        # One module for everything that is trained: what the optimiser, the EMA and the export look at.
         self.trained = nn.ModuleDict({"student": student, "heads": heads, "objectives": built})
         self.ema = None if ema_decay is None else WeightEMA(ema_decay, schedule=ema_schedule, warmup=ema_warmup)
         self.balance = balance if balance is not None else Equal()

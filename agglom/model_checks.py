@@ -147,11 +147,11 @@ def _needs(student: Any, model: dict[str, Any], data: dict[str, Any]) -> Iterato
         key, given = f"model.objectives.{name}", entry.get("init_args") or {}
         build: Any = cls
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        if "encoder" in given:
-            given["encoder"], lines = _on_meta(given["encoder"], Teacher)
-            yield from (f"{key}.init_args.encoder: {line}" for line in lines)
-            if given["encoder"] is None:
-                continue
+        for option in {"encoder", "text"} & set(given):
+            given[option], lines = _on_meta(given[option], Teacher)
+            yield from (f"{key}.init_args.{option}: {line}" for line in lines)
+        if any(given.get(option, True) is None for option in ("encoder", "text")):
+            continue
         try:
             with torch.device("meta"):
                 objective = build(student.dims, **given)
@@ -161,6 +161,9 @@ def _needs(student: Any, model: dict[str, Any], data: dict[str, Any]) -> Iterato
             continue
         if "patches" in objective.needs and not getattr(student, "is_vit", True):
             yield f"{key}: masks patches, which a CNN doesn't have; valid: a ViT as the student, or no such term"
+        fields = data.get("fields") or ("image",)
+        if "captions" in objective.needs and isinstance(fields, (list, tuple)) and "txt" not in fields:
+            yield f"data.fields: {list(fields)}; valid: with txt, as {key} needs captions; add it"
         if "crops" in objective.needs:
             needed = True
             if not isinstance(crops, dict):

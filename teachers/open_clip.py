@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agglom.errors import UserError, brief, nearest
 from agglom.features import Features, InputSpec
@@ -141,6 +141,17 @@ class OpenClipText:
             parts = [self.teacher.model.encode_text(part.to(device), normalize=True) for part in tokens.split(256)]
         return torch.cat(parts).float()
 
+    def network(self) -> nn.Module:
+        """The tower as a module, token ids (N, context length) -> (N, D), not normalised; it shares its weights.
+
+        The teacher lets go of all else that its model has, and can't see images any more.
+        """
+        model = self.teacher.model
+        for name in ("visual", "text_decoder", "logit_scale", "logit_bias"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+        return _TextNetwork(model)
+
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """(N, context length) token ids."""
         if self.teacher._tokenizer is None:
@@ -152,6 +163,17 @@ class OpenClipText:
                     "Face hub through `pip install transformers`"
                 ) from error
         return self.teacher._tokenizer(list(texts))
+
+
+class _TextNetwork(nn.Module):
+    """What is left of a model, called with token ids."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens)
 
 
 def _check(name: str, tag: str | None, pretrained: bool, checkpoint: str | None, who: str) -> None:

@@ -21,13 +21,12 @@ CONFIGS = Path(str(files("agglom.configs"))).resolve()
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 
 
-def tiny_shards(root: Path, size: int = 16) -> Path:
+def tiny_shards(root: Path, size: int = 16, **fields) -> Path:
     """Four train shards and a val shard of two grey pictures each."""
 
     def shard(name, first):
-        samples = (
-            {"key": f"{first + i:09d}", "image": np.full((size, size, 3), 40 * i, np.uint8), "cls": i} for i in (0, 1)
-        )
+        pixels = [np.full((size, size, 3), 40 * i, np.uint8) for i in (0, 1)]
+        samples = ({"key": f"{first + i:09d}", "image": pixels[i], "cls": i, **fields} for i in (0, 1))
         return write_shard(root / name, samples)
 
     train = [shard(f"train-{i:06d}.tar", 2 * i) for i in range(4)]
@@ -41,7 +40,8 @@ def work(tmp_path, monkeypatch):
     for name in SHIPPED:
         data = tmp_path / read_yaml(CONFIGS / name)[0]["data"]["data"]
         if not data.exists():
-            tiny_shards(data)
+            tiny_shards(data, txt="a red bag")
+    tiny_shards(tmp_path / "data/wordless")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -95,6 +95,16 @@ def put(config, path, value):
 ENCODER = "model.teachers.clip.encoder"
 DINO = {"model.objectives": {"views": {"class_path": "agglom.selfdistill.Dino", "init_args": {"prototypes": 64}}}}
 FREE = {"model.remember_teachers": False}
+
+
+def silc(tower="clip", **data):
+    """An image-text objective on shards with captions."""
+    text = {"class_path": "agglom.teachers.TinyTeacher", "init_args": {"name": tower}}
+    objective = {"class_path": "agglom.selfdistill.ImageText", "init_args": {"text": text, "trainable": True}}
+    fields = {"data.fields": ["image", "txt"], **{f"data.{key}": value for key, value in data.items()}}
+    return {"model.objectives": {"captions": objective}, **fields}
+
+
 DYNAMIC = {
     "model.student.init_args.name": "vit_tiny_patch16_224",
     "model.student.init_args.kwargs": {"img_size": 64, "depth": 4, "dynamic_img_size": True},
@@ -122,7 +132,7 @@ BROKEN = {
     ),
     "missing shards": ({"data.data": "data/nowhere"}, ["data.data: data/nowhere", "agglom data"]),
     "missing split": ({"data.val_split": "vla"}, ["data.val_split", "'vla'", "did you mean val?"]),
-    "missing field": ({"data.fields": ["image", "txt"]}, ["data.fields", "'txt'", "they have: cls, image"]),
+    "missing field": ({"data.fields": ["image", "seg"]}, ["data.fields", "'seg'", "they have: cls, image, txt"]),
     "few shards": (
         {"data.num_workers": 3, "trainer.devices": 2},
         ["data.num_workers: 4 shards < 3 workers x 2 ranks = 6", "<= 2"],
@@ -278,6 +288,32 @@ BROKEN = {
     "crops and stride": (
         {**DINO, **DYNAMIC, "data.crops": {"global_size": 64, "local_size": 40}},
         ["data.crops.local_size: 40 is not divisible by the student's stride 16"],
+    ),
+    "captions that are not read": (
+        silc(fields=["image"]),
+        ["data.fields: ['image']; valid: with txt, as model.objectives.captions needs captions"],
+    ),
+    "shards without captions": (
+        silc(data="data/wordless"),
+        ["data.fields", "samples of split 'train' have no field 'txt'; they have: cls, image"],
+    ),
+    "annealed average beside captions": (
+        {**silc(), "model.teachers": {}, "model.ema_schedule": "cosine"},
+        ["model.ema_schedule: cosine", "beside frozen teachers or captions", "ema_anneal_anyway: true"],
+    ),
+    "tower without texts": (
+        silc("dino"),
+        ["model.objectives.captions.init_args.text: TinyTeacher dino has no text tower; valid: OpenClipTeacher"],
+    ),
+    "captions over unequal ranks": (
+        {
+            **silc(),
+            **FREE,
+            "trainer.devices": 2,
+            "trainer.strategy": "ddp_find_unused_parameters_true",
+            "stages": [{"partitions": [{"batch_size": 4}, {"batch_size": 2}]}],
+        },
+        ["stages.0.partitions: batch_size [4, 2], but model.objectives.captions compares the images of all ranks"],
     ),
     "late crops": (
         {**DINO, **DYNAMIC, "data.crops": {"global_size": 64, "local_size": 32, "start": 5}},

@@ -4,6 +4,7 @@ from agglom.selfdistill.base import Objective, Scene
 from agglom.selfdistill.dino import Dino
 from agglom.selfdistill.dmae import Dmae
 from agglom.selfdistill.gram import GramAnchor
+from agglom.selfdistill.image_text import ImageText
 from agglom.selfdistill.mesa import Mesa
 
-__all__ = ["Dino", "Dmae", "GramAnchor", "Mesa", "Objective", "Scene"]
+__all__ = ["Dino", "Dmae", "GramAnchor", "ImageText", "Mesa", "Objective", "Scene"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any, Callable, Collection, Iterator
+from typing import Any, Callable, Collection, Iterator, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from agglom.errors import UserError
 from agglom.features import Dims, StudentFeatures
 
 When = int | float
+Own = TypeVar("Own", bound="Objective")
 
 
 @dataclass
@@ -60,8 +62,9 @@ class Objective(nn.Module):
         copy_average: at its first step the average becomes a copy of the student (SigLIP 2).
 
     Attributes:
-        needs: what it can't do without: "crops" (`data.crops`), "patches" (a ViT).
+        needs: what it can't do without: "crops" (`data.crops`), "patches" (a ViT), "captions" (`txt` in `data.fields`).
         partial: whether it reads the student only in part, so that some of it may have no gradient.
+        anchors: whether it teaches something from outside (a frozen encoder, captions) that the average must follow.
 
     Raises:
         UserError: a negative weight or ramp, a start or stop out of order.
@@ -69,6 +72,7 @@ class Objective(nn.Module):
 
     needs: set[str] = set()
     partial = False
+    anchors = False
 
     def __init__(
         self,
@@ -88,6 +92,18 @@ class Objective(nn.Module):
             raise UserError(f"stop: {stop}; valid: after start {start}; change one")
         self.weight, self.start, self.ramp, self.stop = weight, start, ramp, stop
         self.copy_average = copy_average
+
+    def shared(self) -> list[nn.Module]:
+        """Modules that never change, so that an average of the objective needs no second ones: frozen encoders."""
+        return []
+
+    def __deepcopy__(self: Own, memo: dict[int, Any]) -> Own:
+        """All but what is shared."""
+        memo.update({id(module): module for module in self.shared()})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def weight_at(self, step: int, total: int) -> float:
         """Its weight at an optimiser step of a run of `total` steps."""
@@ -113,19 +129,23 @@ def conflicts(
     teachers: Collection[str],
     objectives: Collection[str],
     *,
+    anchored: bool,
     ema_decay: float | None,
     ema_schedule: str,
     anneal_anyway: bool,
 ) -> Iterator[str]:
-    """What speaks against these objectives beside these teachers with this average, a line each with full keys."""
+    """What speaks against these objectives beside these teachers with this average, a line each with full keys.
+
+    `anchored`: one of the objectives teaches from outside (`Objective.anchors`), as all teachers do.
+    """
     if not objectives:
         return
     if ema_decay is None:
         yield "model.ema_decay: null, but model.objectives need an average; valid: 0 <= decay < 1; set it"
-    if teachers and ema_schedule == "cosine" and not anneal_anyway:
+    if (teachers or anchored) and ema_schedule == "cosine" and not anneal_anyway:
         yield (
-            "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers, and near 1 it "
-            "no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
+            "model.ema_schedule: cosine, but objectives learn from the average beside frozen teachers or captions, and "
+            "near 1 it no longer follows what these teach; valid: fixed, or model.ema_anneal_anyway: true"
         )
     for name in objectives:
         if name in teachers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal, cast
 
 import torch
@@ -48,6 +47,7 @@ class Dmae(Objective):
             positions), a block past the depth, a ratio outside [0, 1).
     """
 
+    anchors = True
     partial = True  # blocks past `student_block` get no gradient
 
     def __init__(
@@ -92,13 +92,9 @@ class Dmae(Objective):
         self.project = nn.Linear(student.spatial, network.embed_dim)
         self.ratio, self.distance, self.seed = ratio, distance, seed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Dmae:
-        """All but the encoder, which never changes: an average of the heads needs no second teacher."""
-        memo[id(self.encoder)] = self.encoder
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    def shared(self) -> list[nn.Module]:
+        """See Objective."""
+        return [self.encoder]
 
     def forward(self, scene: Scene) -> Tensor:
         """See the class: (B,)."""

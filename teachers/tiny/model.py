@@ -107,6 +107,14 @@ class TinyClip(nn.Module):
         device = self.projection.weight.device
         return F.normalize(self.text(tokenize(texts).to(device)).float(), dim=-1)
 
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """(N, 20) word numbers, see the function."""
+        return tokenize(texts)
+
+    def network(self) -> nn.Module:
+        """The text tower as a module, word numbers (N, 20) -> (N, 128), not normalised; it shares its weights."""
+        return self.text
+
 
 CONTEXT = 20
 VOCABULARY = (
