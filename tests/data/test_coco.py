@@ -192,6 +192,46 @@ def test_a_picture_on_its_side_is_measured_as_it_will_be_seen(tmp_path):
     assert sample["image"].shape[-2:] == sample["seg"].shape == (HEIGHT, WIDTH)
 
 
+def test_polygons_that_are_none_are_dropped(tmp_path):
+    """Four numbers would be read as a box; an instance that has nothing else is unknown within its own box."""
+    pictures(tmp_path / "photos", (10,))
+    broken = [[0, 0, 12, 8], [1, 1, 9, 1, 9, 7, 4]]
+    body = instances(
+        (10,),
+        [
+            annotation(1, 10, 3, [1, 1, 3, 3], segmentation=[*broken, square(1, 1, 3, 3)]),
+            annotation(2, 10, 7, [6, 1, 2, 2], segmentation=broken),
+        ],
+    )
+    path = save(tmp_path / "own.json", body)
+    write_coco(tmp_path / "out", images=tmp_path / "photos", instances=path, writing=ONE)
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[1:4, 1:4], expected[1:3, 6:8] = 1, 255
+    assert np.array_equal(by_number(tmp_path / "out", "train", ["image", "seg"])[10]["seg"], expected)
+    assert read_index(tmp_path / "out").extra["coco"]["polygons_without_area"] == 4
+
+
+def test_panoptic_maps_that_do_not_fit(folder, tmp_path, caplog):
+    path = panoptic(folder, "train2017", (10, 20, 30), {9: "tree", 200: "sky"})
+    maps = path.with_suffix("")
+    options = {"images": folder / "train2017", "panoptic": path, "writing": ONE}
+    body = json.loads(path.read_text())
+    body["annotations"].pop(0)  # of image 10
+    save(path, body)
+    Image.new("RGB", (HEIGHT, WIDTH)).save(maps / "20.png")
+    with caplog.at_level(logging.WARNING, "agglom.data"):
+        write_coco(tmp_path / "out", **options)
+    assert "skipped 2 unreadable of 3" in caplog.text
+    assert set(by_number(tmp_path / "out", "train", ["image"])) == {30}
+    Image.new("L", (WIDTH, HEIGHT)).save(maps / "30.png")
+    with pytest.raises(UserError, match="none of its 3 pictures can be read"):
+        write_coco(tmp_path / "out2", **options)
+    body["images"][0]["width"] += 1
+    save(path, body)
+    with pytest.raises(UserError, match="image 10: another size than in the instances' file"):
+        write_coco(tmp_path / "out2", instances=folder / "annotations" / "instances_train2017.json", **options)
+
+
 def test_only_images_in_all_files_are_written(folder, tmp_path):
     save(folder / "annotations" / "captions_train2017.json", captions((20, 30), [(20, "dogs"), (30, "none")]))
     write_coco(tmp_path / "out", source=folder, writing=ONE)
@@ -256,6 +296,8 @@ def test_broken_masks():
         ([0.1, 0.2, 9.9, 7.8], [0.1, 0.2, 9.9, 7.8]),
         ([-1, -2, 4, 5], [0, 0, 3, 3]),
         ([8, 6, 4, 4], [8, 6, 2, 2]),
+        ([8, 1, 4, 4], [8, 1, 2, 4]),
+        ([1, 6, 4, 4], [1, 6, 4, 2]),
         ([10, 0, 1, 1], None),
         ([-3, 0, 3, 1], None),
         ([1, 1, 0, 3], None),
