@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+from inspect import signature
 from typing import Any, Sequence
 
 import agglom
@@ -15,9 +16,11 @@ COMMANDS = {
     "fit": "train a student from a YAML file; --ckpt_path last resumes",
     "check": "validate YAML files without building anything; prints every problem",
     "data": "write shards: agglom data scenes|imagefolder|coco|ade|voc|csv",
+    "cache": "run the teachers over shards once and keep their features",
     "probe": "evaluate frozen backbones on shards",
     "report": "report.json -> report.md and report.html",
     "export": "checkpoint -> timm-loadable folder with adaptors and model card",
+    "mmseg": "train or test a segmentation head inside mmsegmentation (extra: agglom[mmseg])",
     "info": "teachers and students by name, or what a run, export or shard folder holds",
     "demo": "the embedded default, end to end",
 }
@@ -77,6 +80,11 @@ def _run(name: str, args: list[str]) -> None:
     if name == "fit":
         _fit(args)
         return
+    if name == "mmseg":
+        from agglom.mmseg.tools import run
+
+        run(args)
+        return
     from agglom import commands
 
     if name == "check":
@@ -103,10 +111,12 @@ def _run(name: str, args: list[str]) -> None:
 
 
 def _named(name: str, args: list[str]) -> list[str]:
-    """`info REF` and `report DIR DIR` as the options that their functions take."""
+    """`info REF`, `report DIR DIR` and `cache --dry-run` as the options that their functions take."""
     plain = [arg for arg in args if not arg.startswith("-")]
     if name == "info" and args[:1] == plain[:1] and plain:
         return ["--ref", *args]
+    if name == "cache":
+        return ["--dry_run=true" if arg == "--dry-run" else arg for arg in args]
     if name == "report" and len(plain) == len(args):
         return [f"--dirs+={arg}" for arg in args]
     return args
@@ -130,13 +140,15 @@ def _call(function: Any, args: list[str], prog: str) -> None:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(function.__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file with these options")
+    if "config" not in signature(function).parameters:
+        parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function)
     try:
         values = parser.parse_args(args)
     except (ArgumentError, TypeError, ValueError) as err:
         raise UserError(" ".join(str(err).split()) + f"; {prog} --help lists the options") from err
-    values.pop("config", None)
+    if "config" not in signature(function).parameters:
+        values.pop("config", None)
     function(**values.as_dict())
 
 

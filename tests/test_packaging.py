@@ -40,7 +40,8 @@ def test_package_list_equals_the_tree():
 
 def test_every_yaml_and_weight_is_packaged():
     data = project()["tool"]["setuptools"]["package-data"]
-    assert "**/*.yaml" in data["agglom.configs"] and "*.safetensors" in data["agglom.teachers.tiny"]
+    assert {"**/*.yaml", "mmseg/*.py"} <= set(data["agglom.configs"])
+    assert "*.safetensors" in data["agglom.teachers.tiny"]
     assert "py.typed" in data["agglom"] and (ROOT / "agglom" / "py.typed").is_file()
 
 

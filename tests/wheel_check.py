@@ -57,7 +57,7 @@ def main() -> None:
         run(*pip, "wheel", "--no-deps", *isolation, "--wheel-dir", str(wheels), str(source))
         (wheel,) = wheels.glob("*.whl")
         files = set(zipfile.ZipFile(wheel).namelist())
-        wanted = [f"agglom/{p.relative_to(source).as_posix()}" for p in (source / "configs").rglob("*.yaml")]
+        wanted = [f"agglom/{p.relative_to(source).as_posix()}" for p in (source / "configs").rglob("*.*")]
         wanted += [f"agglom/teachers/tiny/{name}.safetensors" for name in ("clip", "dino", "sam")] + ["agglom/py.typed"]
         missing = [path for path in wanted if path not in files]
         if missing:
