@@ -67,11 +67,7 @@ class FiniteWatch:
 
 
 class RankMe:
-    """Effective rank of features: exp of the entropy of their normalised singular values.
-
-    Source: Garrido et al., "RankMe", 2210.02885, equation 1. From the Gram matrix of all rows seen, summed over ranks,
-    so nothing but a (D, D) matrix is kept; singular values are the roots of its eigenvalues.
-    """
+    """`effective_rank` of all rows seen, summed over ranks; nothing but a (D, D) matrix is kept."""
 
     def __init__(self) -> None:
         self._gram: Tensor | None = None
@@ -90,6 +86,19 @@ class RankMe:
             return 0.0
         (gram,) = sum_over_ranks(self._gram)
         self._gram = None
-        values = torch.linalg.eigvalsh(gram.cpu().double()).clamp(min=0).sqrt()
-        shares = values / values.sum().clamp(min=eps) + eps
-        return float((-(shares * shares.log()).sum()).exp())
+        return effective_rank(gram, eps)
+
+
+def effective_rank(gram: Tensor, eps: float = 1e-7) -> float:
+    """exp of the entropy of features' normalised singular values: from 1 to D.
+
+    Source: Garrido et al., "RankMe", 2210.02885, equation 1; singular values are the roots of the Gram matrix's
+    eigenvalues.
+
+    Args:
+        gram: (D, D) X'X of features X (N, D), not centred.
+        eps: added to each share.
+    """
+    values = torch.linalg.eigvalsh(gram.cpu().double()).clamp(min=0).sqrt()
+    shares = values / values.sum().clamp(min=eps) + eps
+    return float((-(shares * shares.log()).sum()).exp())

@@ -8,7 +8,7 @@ from typing import Mapping, Sequence
 from agglom.data import read_index
 from agglom.export import Exported, random_like
 from agglom.features import Backbone, TextTower
-from agglom.probes import TEMPLATES, run_probes, write_report
+from agglom.probes import run_probes, write_report
 from agglom.runs import load_run, resolve
 
 STUDENT, RANDOM = "student", "random"
@@ -23,6 +23,7 @@ def probe_run(
     data: str | None = None,
     out: str | Path | None = None,
     size: int | None = None,
+    templates: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Probe a run's student, its teachers, a student before training, and `extra` references.
@@ -38,7 +39,7 @@ def probe_run(
     run_probes(
         models,
         data=data,
-        templates=_templates(data),
+        templates=_templates(data, templates),
         probes=probes,
         out=out,
         text=_text_towers(loaded.teachers),
@@ -60,6 +61,7 @@ def probe_models(
     probes: Sequence[str],
     limits: Mapping[str, int | None],
     size: int | None = None,
+    templates: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Probe models by reference under one protocol.
@@ -72,7 +74,7 @@ def probe_models(
     run_probes(
         models,
         data=data,
-        templates=_templates(data),
+        templates=_templates(data, templates),
         probes=probes,
         out=Path(out),
         text=_text_towers(models),
@@ -91,6 +93,6 @@ def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:
     return {name: tower for name, tower in towers.items() if isinstance(tower, TextTower)}
 
 
-def _templates(data: str) -> Sequence[str]:
-    """Zero-shot prompts: the data set's own, where its index names some (`extra.templates`), else plain ones."""
-    return read_index(data).extra.get("templates", TEMPLATES)
+def _templates(data: str, asked: str | None) -> str | Sequence[str]:
+    """Zero-shot prompts: those asked for, else the data set's own (its index's `extra.templates`), else plain ones."""
+    return asked or read_index(data).extra.get("templates", "simple")

@@ -5,22 +5,30 @@ if __name__ == "probes":
 
 from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.features import FeatureSet, Targets
+from agglom.probes.fidelity import FidelityProbe
 from agglom.probes.gather import splits_of
+from agglom.probes.geometry import GeometryProbe
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
+from agglom.probes.measure import PROBES
 from agglom.probes.report import read_report, write_comparison, write_report
-from agglom.probes.runner import PROBES, run_probes
+from agglom.probes.retrieval import RetrievalProbe
+from agglom.probes.runner import run_probes
 from agglom.probes.segmentation import SegmentationProbe
-from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
+from agglom.probes.templates import TEMPLATES
+from agglom.probes.zeroshot import ZeroShotProbe
 
 __all__ = [
     "PROBES",
     "TEMPLATES",
     "FeatureSet",
+    "FidelityProbe",
+    "GeometryProbe",
     "KnnProbe",
     "LinearProbe",
     "Probe",
     "Result",
+    "RetrievalProbe",
     "SegmentationProbe",
     "Subject",
     "Targets",

@@ -13,16 +13,23 @@ from agglom.data.streams import distributed
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.fidelity import FidelityProbe
 from agglom.probes.gather import ROLES, Gathered, ThroughModel, gather, splits_of
+from agglom.probes.geometry import GeometryProbe
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
+from agglom.probes.retrieval import RetrievalProbe
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.source import Source
-from agglom.probes.zeroshot import TEMPLATES, ZeroShotProbe
+from agglom.probes.towers import CachedText
+from agglom.probes.zeroshot import ZeroShotProbe
 
 PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
+    "fidelity": FidelityProbe,
+    "geometry": GeometryProbe,
     "knn": KnnProbe,
     "linear": LinearProbe,
+    "retrieval": RetrievalProbe,
     "segmentation": SegmentationProbe,
     "zeroshot": ZeroShotProbe,
 }
@@ -64,7 +71,7 @@ def measure(
     text: Mapping[str, TextTower] | None = None,
     random: str | None = None,
     limits: Mapping[str, int] | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    templates: str | Sequence[str] = "simple",
     size: int | None = None,
     show: int = 0,
     seed: int = 0,
@@ -93,7 +100,9 @@ def measure(
         return None
     count = len(got.targets["test"].keys)
     rows = tuple(int(i) for i in np.unique(np.linspace(0, count - 1, min(show, count)).round())) if show else ()
-    subjects = _subjects(models, got, source, plan, text, random, rows, seed)
+    speaking = {teacher: CachedText(tower, cache, models.get(teacher)) for teacher, tower in text.items()}
+    got.places |= {tower.place for tower in speaking.values()}
+    subjects = _subjects(models, got, source, plan, speaking, random, rows, seed)
     results, skipped, seconds = _evaluate(built, subjects)
     return Measured(built, source, plan, got, subjects, results, skipped, seconds, extraction)
 
@@ -168,7 +177,7 @@ def _evaluate(
     return results, skipped, seconds
 
 
-def _build(probe: str | Probe, templates: Sequence[str]) -> Probe:
+def _build(probe: str | Probe, templates: str | Sequence[str]) -> Probe:
     if not isinstance(probe, str):
         return probe
     if probe not in PROBES:

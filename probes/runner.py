@@ -20,10 +20,9 @@ from agglom.probes import pictures
 from agglom.probes.base import Probe, Result
 from agglom.probes.features import Targets
 from agglom.probes.fingerprint import tensors_of, weights_hash
-from agglom.probes.measure import PROBES, measure
+from agglom.probes.measure import measure
 from agglom.probes.source import Source
 from agglom.probes.statistics import RESAMPLES, interval
-from agglom.probes.zeroshot import TEMPLATES
 
 SCHEMA_VERSION = 1
 
@@ -31,7 +30,7 @@ SCHEMA_VERSION = 1
 def run_probes(
     models: Mapping[str, Backbone],
     data: str | Path,
-    probes: Sequence[str | Probe] = tuple(PROBES),
+    probes: Sequence[str | Probe] = ("knn", "linear", "segmentation", "zeroshot"),
     out: str | Path = "probes",
     *,
     student: str,
@@ -39,7 +38,7 @@ def run_probes(
     random: str | None = None,
     text: Mapping[str, TextTower] | None = None,
     limits: Mapping[str, int] | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    templates: str | Sequence[str] = "simple",
     size: int | None = None,
     show: int = 6,
     cache: str | Path | None = None,
@@ -55,14 +54,14 @@ def run_probes(
             through them, where a probe asks for it.
         data: shard folder or address. Its "train", "val" and "test" splits are used; a missing one is made up from
             the others (see `splits_of`), and the report says so.
-        probes: names from `PROBES`, or probes.
+        probes: names from `measure.PROBES`, or probes.
         out: folder of the report.
         student: the model that retention is computed for.
         teachers: the models it is compared with.
         random: the model that stands for "no training at all".
         text: teacher -> its text tower.
         limits: "train", "val", "test" -> only the first so many samples.
-        templates: prompts of the zero-shot probe.
+        templates: prompts of the zero-shot probe: "simple", "full", a file with one a line, or a list.
         size: pixels that images are resized and cropped to; None: they all have one size already.
         show: how many test images the report pictures.
         cache: folder of the feature cache; by default `out/cache`, which is then kept free of entries that this

@@ -9,44 +9,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglom.errors import UserError
 from agglom.features import TextTower
 from agglom.probes.base import Probe, Result, Subject, majority
-from agglom.probes.features import FeatureSet
 from agglom.probes.statistics import accuracy_resamples
-
-TEMPLATES = ("{}", "a {}", "a photo of a {}", "a picture of a {}", "an image with a {}")
+from agglom.probes.templates import read_templates
+from agglom.probes.towers import embed, readable, unreadable
 
 
 class ZeroShotProbe(Probe):
     """Top-1 and top-5 of the class whose averaged prompt embedding is nearest by cosine.
 
-    A teacher with a text tower answers with its own summary; any other model through its adaptor for such a teacher.
-    The first tower gives `top1` and `top5`, further ones `top1@NAME`.
+    Whose summary a text tower reads: `towers.readable`. The first tower gives `top1` and `top5`, further ones
+    `top1@NAME`.
 
     Args:
-        templates: each with one `{}` for the class name.
+        templates: "simple", "full", a file with one a line, or a list; each with one `{}` for the class name.
     """
 
     name, metric, fields = "zeroshot", "top1", ("cls",)
 
-    def __init__(self, *, templates: Sequence[str] = TEMPLATES) -> None:
-        bad = next((t for t in templates if t.count("{}") != 1), None)
-        if bad is not None or not templates:
-            raise UserError(f"templates: {bad!r}; valid: at least one, each with one {{}} for the class name")
-        self.templates = tuple(templates)
+    def __init__(self, *, templates: str | Sequence[str] = "simple") -> None:
+        self.templates = read_templates(templates)
         self._classifiers: dict[tuple[int, tuple[str, ...]], Tensor] = {}
 
     def missing(self, subject: Subject) -> str | None:
         if subject.targets["test"].labels is None:
             return "the test split has no .cls"
+        if subject.targets["test"].multi_label:
+            return "the .cls are lists, and zero-shot classification wants one class an image"
         if not subject.classes:
             return "the data's index names no classes"
-        if not subject.text:
-            return "no teacher has a text tower"
-        if not self._sides(subject):
-            return f"it has no text tower, and no adaptor with a summary for {' or '.join(subject.text)}"
-        return None
+        return unreadable(subject)
 
     def evaluate(self, subject: Subject) -> Result:
         """One accuracy a text tower; nothing is trained or chosen."""
@@ -54,7 +47,7 @@ class ZeroShotProbe(Probe):
         labels = torch.from_numpy(np.array(subject.targets["test"].labels))
         metrics: dict[str, float] = {}
         resamples: dict[str, np.ndarray] = {}
-        sides = self._sides(subject)
+        sides = readable(subject)
         examples = None
         for tower, (features, _) in sides.items():
             classifier = self._classifier(subject.text[tower], subject.classes)
@@ -79,16 +72,6 @@ class ZeroShotProbe(Probe):
             show={"zeroshot": examples},
         )
 
-    def _sides(self, subject: Subject) -> dict[str, tuple[FeatureSet, str]]:
-        """tower -> the test features in that tower's space, and where they come from."""
-        sides = {}
-        for tower in subject.text:
-            if tower == subject.name and subject.features["test"].summary is not None:
-                sides[tower] = (subject.features["test"], "own summary")
-            elif tower in subject.through and subject.through[tower].summary is not None:
-                sides[tower] = (subject.through[tower], f"summary through the adaptor for {tower}")
-        return sides
-
     def _classifier(self, tower: TextTower, classes: tuple[str, ...]) -> Tensor:
         key = (id(tower), classes)
         if key not in self._classifiers:
@@ -100,8 +83,7 @@ class ZeroShotProbe(Probe):
 def classifier(tower: TextTower, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
     """(K, D) normalised: for each class, the mean over templates of its normalised prompt embeddings."""
     prompts = [template.replace("{}", name) for name in classes for template in templates]
-    embedded = torch.cat([tower.encode_text(prompts[i : i + 256]).float().cpu() for i in range(0, len(prompts), 256)])
-    embedded = F.normalize(embedded, dim=1).view(len(classes), len(templates), -1)
+    embedded = embed(tower, prompts).view(len(classes), len(templates), -1)
     return F.normalize(embedded.mean(1), dim=1).clone()
 
 

@@ -84,7 +84,6 @@ class OnlineProbes(pl.Callback):
         from agglom.data import read_index
         from agglom.export import Exported, fold_normalizers
         from agglom.probes.measure import measure
-        from agglom.probes.zeroshot import TEMPLATES
 
         datamodule = cast(Any, trainer).datamodule
         data = self.data or datamodule.data
@@ -106,7 +105,7 @@ class OnlineProbes(pl.Callback):
                     cache,
                     text={name: tower for name, tower in towers.items() if isinstance(tower, TextTower)},
                     limits=self.limits,
-                    templates=read_index(data).extra.get("templates", TEMPLATES),
+                    templates=read_index(data).extra.get("templates", "simple"),
                     size=self.size or datamodule.val_view.size,
                 )
         finally:
