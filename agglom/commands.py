@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 from agglom.errors import UserError
 
@@ -248,6 +248,7 @@ def probe(
     val: int | None = None,
     test: int | None = None,
     size: int | None = None,
+    templates: str | None = None,
     seed: int = 0,
 ) -> None:
     """Evaluate frozen backbones: a run's student, its teachers and a random-init student, or any models.
@@ -263,16 +264,19 @@ def probe(
         val: images of the val split to use; left out: all.
         test: images of the test split to use; left out: all.
         size: pixels of a side that images are resized and cropped to; left out: they have one size already.
+        templates: prompts of zero-shot classification: simple, full (80 of them), or a text file with one a line; left
+            out: the data's own, or simple.
         seed: of the probes.
     """
     from agglom.probing import probe_models, probe_run
 
     names = [name.strip() for name in probes.split(",") if name.strip()]
     limits = {"train": train, "val": val, "test": test}
+    how: dict[str, Any] = {"probes": names, "limits": limits, "size": size, "templates": templates, "seed": seed}
     if run is not None:
-        print(probe_run(run, extra=model or [], data=data, probes=names, out=out, limits=limits, size=size, seed=seed))
+        print(probe_run(run, extra=model or [], data=data, out=out, **how))
     elif model and data and out:
-        print(probe_models(model, data=data, probes=names, out=out, limits=limits, size=size, seed=seed))
+        print(probe_models(model, data=data, out=out, **how))
     else:
         raise UserError("give --run DIR, or --model REF with --data DIR and --out DIR")
 
