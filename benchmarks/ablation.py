@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Mapping, Sequence
 
-from scenes import COLUMNS, TEACHERS, Recipe, Results, Row, cell, conditions, markdown, parser, probe, train
+from scenes import COLUMNS, TEACHERS, Recipe, Results, Row, apart, cell, conditions, markdown, parser, probe, train
 
 from agglom.adaptors import LadderAdaptor
 from agglom.balance import AdaLoss, TeacherDropping
@@ -63,11 +63,6 @@ def table(students: Mapping[str, list[Row]], teachers: Mapping[str, Row]) -> str
             line.append(f"**{cell(mine)}**" if apart(mine, base) else cell(mine))
         lines.append(line)
     return markdown(["configuration", *(TITLES[column] for column in COLUMNS), MEAN], lines)
-
-
-def apart(these: Sequence[float], those: Sequence[float]) -> bool:
-    """Whether several runs of each don't overlap: all of these above all of those, or below."""
-    return min(len(these), len(those)) > 1 and (min(these) > max(those) or max(these) < min(those))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

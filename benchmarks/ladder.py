@@ -147,14 +147,14 @@ class Work:
         return worst
 
 
-def pairs(run: Callable[[str], Tensor], rounds: int) -> dict[str, Any]:
-    """Time both formulations `rounds` times in turns: medians in ms, and the medians of the pairs' ratios."""
-    for name in FORMULATIONS:
+def pairs(run: Callable[[str], Tensor], rounds: int, names: tuple[str, str] = FORMULATIONS) -> dict[str, Any]:
+    """Time both `rounds` times in turns: medians in ms, and the medians of the ratios first / second of the pairs."""
+    for name in names:
         run(name)
-    wall: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
-    cpu: dict[str, list[float]] = {name: [] for name in FORMULATIONS}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
-        for name in FORMULATIONS[:: 1 if i % 2 else -1]:
+        for name in names[:: 1 if i % 2 else -1]:
             start, start_cpu = time.perf_counter(), time.process_time()
             run(name)
             wall[name].append(1e3 * (time.perf_counter() - start))
@@ -162,8 +162,8 @@ def pairs(run: Callable[[str], Tensor], rounds: int) -> dict[str, Any]:
     ratios = sorted(a / b for a, b in zip(*wall.values(), strict=True))
     ratios_cpu = [a / b for a, b in zip(*cpu.values(), strict=True)]
     return {
-        **{f"{name}_ms": statistics.median(wall[name]) for name in FORMULATIONS},
-        **{f"{name}_cpu_ms": statistics.median(cpu[name]) for name in FORMULATIONS},
+        **{f"{name}_ms": statistics.median(wall[name]) for name in names},
+        **{f"{name}_cpu_ms": statistics.median(cpu[name]) for name in names},
         "speedup": statistics.median(ratios),
         "speedup_low": ratios[len(ratios) // 10],
         "speedup_high": ratios[-1 - len(ratios) // 10],

@@ -8,8 +8,9 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +19,13 @@ from agglom.adaptors import MLPAdaptor
 from agglom.balance import Balance, Equal
 from agglom.checks import read_yaml
 from agglom.data import ShardDataModule, ViewOptions, read_index
-from agglom.distiller import Distiller
+from agglom.data.crops import CropOptions
+from agglom.distiller import Distiller, ObjectiveFactory
 from agglom.export import Exported, load, write_export
 from agglom.features import Backbone
 from agglom.heads import AdaptorFactory, NormalizerFactory, TeacherConfig
 from agglom.probes import run_probes
+from agglom.shifts import ShiftOptions
 from agglom.students import TimmStudent
 from agglom.targets import Memory, Standardize
 from agglom.teachers import TinyTeacher, manifest
@@ -45,6 +48,12 @@ class Recipe:
         normalizer: of all teachers' targets.
         balance: a run's seed -> balance.
         weights: teacher -> its options `summary_weight` and `spatial_weight`; 1 each where left out.
+        student: the student, untrained.
+        objectives: name -> objective beside the teachers.
+        ema_decay: of the average that objectives ask and that is exported. None: no average; the schedule ends near 0,
+            and one copy fewer is faster.
+        crops: of the images, for objectives that need them.
+        shift: of the views against each other. Then every view is new, and teachers run at each step.
     """
 
     teachers: tuple[str, ...] = TEACHERS
@@ -52,6 +61,11 @@ class Recipe:
     normalizer: NormalizerFactory = Standardize
     balance: Callable[[int], Balance] = lambda seed: Equal()
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    student: Callable[[], TimmStudent] = partial(TimmStudent, **DEMO["model"]["student"]["init_args"])
+    objectives: Mapping[str, ObjectiveFactory] = field(default_factory=dict)
+    ema_decay: float | None = None
+    crops: CropOptions | None = None
+    shift: ShiftOptions | None = None
 
 
 def parser(doc: str | None, *, name: str, steps: int, lr: float) -> argparse.ArgumentParser:
@@ -73,18 +87,22 @@ def train(recipe: Recipe, seed: int, options: argparse.Namespace, out: Path, *, 
     pl.seed_everything(seed, verbose=False)
     encoders = {name: TinyTeacher(name, dtype="bf16" if bf16 else "fp32") for name in recipe.teachers}
     size = DEMO["data"]["size"]
+    student = recipe.student()
     module = Distiller(
-        student=TimmStudent(**DEMO["model"]["student"]["init_args"]),
+        student=student,
         teachers={name: TeacherConfig(e, **recipe.weights.get(name, {})) for name, e in encoders.items()},
         adaptor=recipe.adaptor,
         normalizer=recipe.normalizer,
         balance=recipe.balance(seed),
         lr=options.lr,
         warmup_steps=DEMO["model"]["warmup_steps"],
-        ema_decay=None,  # the schedule ends near 0, and one copy fewer is faster
-        remember_teachers=True,
+        objectives=dict(recipe.objectives),
+        ema_decay=recipe.ema_decay,
+        shift=recipe.shift,
+        remember_teachers=recipe.shift is None,
     )
-    module.memories = {name: MEMORY[name] for name in recipe.teachers}
+    if module.memories:
+        module.memories = {name: MEMORY[name] for name in recipe.teachers}
     data = ShardDataModule(
         data=options.data,
         batch_size=options.batch_size,
@@ -93,6 +111,8 @@ def train(recipe: Recipe, seed: int, options: argparse.Namespace, out: Path, *, 
         val_split=None,
         num_workers=1,
         seed=seed,
+        margin=recipe.shift.limit * student.input.stride if recipe.shift else 0,
+        crops=recipe.crops,
     )
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -106,17 +126,21 @@ def train(recipe: Recipe, seed: int, options: argparse.Namespace, out: Path, *, 
         enable_model_summary=False,
     )
     trainer.fit(module, datamodule=data)
+    if module.ema is not None:
+        module.ema.exchange(module)  # what a run exports
     heads = dict(module.heads.items())
     write_export(out, student=module.student, heads=heads, teachers=manifest(encoders), size=size, step=options.steps)
     return load(out)
 
 
-def probe(models: Mapping[str, Backbone], options: argparse.Namespace, out: Path) -> dict[str, Row]:
+def probe(
+    models: Mapping[str, Backbone], options: argparse.Namespace, out: Path, columns: Mapping[str, str] = COLUMNS
+) -> dict[str, Row]:
     """Every column for every model."""
     report = run_probes(
         models,
         data=options.data,
-        probes=tuple(COLUMNS),
+        probes=tuple(columns),
         out=out,
         student=next(iter(models)),
         text={"clip": TinyTeacher("clip").text},
@@ -124,7 +148,7 @@ def probe(models: Mapping[str, Backbone], options: argparse.Namespace, out: Path
         limits={"train": options.train, "val": options.test // 2, "test": options.test},
     )
     return {
-        name: {column: found[column][metric] for column, metric in COLUMNS.items() if column in found}
+        name: {column: found[column][metric] for column, metric in columns.items() if column in found}
         for name, found in report["models"].items()
     }
 
@@ -176,6 +200,11 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def apart(these: Sequence[float], those: Sequence[float]) -> bool:
+    """Whether several runs of each don't overlap: all of these above all of those, or below."""
+    return min(len(these), len(those)) > 1 and (min(these) > max(those) or max(these) < min(those))
+
+
 def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, *rows]).replace(
         "\n", "\n|" + "---|" * len(head) + "\n", 1
@@ -183,7 +212,7 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def conditions(options: argparse.Namespace) -> str:
-    """A table's first line, as far as it is the same for both."""
+    """A table's first line, as far as it is the same for all."""
     return (
         f"{options.steps} steps of {options.batch_size} scenes, {len(options.seeds)} seeds, probes fitted on "
         f"{options.train} and tested on {options.test} scenes, {platform.machine()}, torch {torch.__version__}; "

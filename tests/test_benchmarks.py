@@ -1,4 +1,4 @@
-"""The benchmarks on fashion scenes: a very small run of each, and the arithmetic of the ablation's table."""
+"""The benchmarks: a very small run of each, and the arithmetic of the tables."""
 
 from __future__ import annotations
 
@@ -84,6 +84,21 @@ def test_a_tiny_complementarity(benchmark, larger_scenes, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["+ dino, ibot", "+ mesa", "+ gram", "+ gram at 2x"])
+def test_a_tiny_self_distillation(variant, benchmark, larger_scenes, tmp_path, monkeypatch, quick_probes):
+    module = benchmark("self_distillation")
+    some = {name: module.CONFIGURATIONS[name] for name in (module.BASE, variant)}
+    monkeypatch.setattr(module, "CONFIGURATIONS", some)
+    run = ["clip"] if variant == "+ gram" else []  # its scores are asked for once, in the shortest run
+    monkeypatch.setattr(module, "TEACHERS", run)
+    found = check_tiny_run(module, larger_scenes, tmp_path, monkeypatch)
+    assert found == [*(f"teacher {name}" for name in run), module.UNTRAINED, *some]
+    kept = json.loads((tmp_path / "results.json").read_text())
+    rows = [row for key, found in kept.items() if key != "settings" for row in found.values()]
+    assert all(0 < row[column] < 2 for row in rows for column in ("cell", "half"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip alone", "dino alone", "ladder", "dropping", "raw", "phi_s", "adaloss"])
 def test_the_other_configurations_train(name, benchmark, larger_scenes, tmp_path):
     module = benchmark("ablation")
@@ -120,6 +135,48 @@ def test_each_variant_differs_from_the_base_in_one_thing(benchmark):
     }
     assert changed.pop(module.BASE) == []
     assert all(len(keys) == 1 for keys in changed.values()), changed
+
+
+def test_self_distillation_adds_one_objective_to_the_same_recipe(benchmark):
+    module = benchmark("self_distillation")
+    base = vars(module.CONFIGURATIONS[module.BASE])
+    changed = {
+        name: {key for key, value in vars(recipe).items() if value != base[key]}
+        for name, recipe in module.CONFIGURATIONS.items()
+    }
+    assert changed.pop(module.BASE) == set() and base["shift"] and base["ema_decay"] and not base["objectives"]
+    assert changed.pop("+ dino, ibot") == {"objectives", "crops"}
+    assert changed and all(keys == {"objectives"} for keys in changed.values())
+    assert all(len(module.CONFIGURATIONS[name].objectives) == 1 for name in changed)
+
+
+def test_bold_is_for_variants_whose_seeds_lie_apart_from_the_base(benchmark):
+    module = benchmark("self_distillation")
+
+    def rows(*half: float) -> list[dict[str, float]]:
+        return [{"knn": 0.2, "segmentation": 0.1, "cell": 0.3, "half": value} for value in half]
+
+    found = {"teacher clip": rows(0.9), module.UNTRAINED: rows(0.1, 0.1), module.BASE: rows(0.5, 0.6)}
+    table = module.table({**found, "+ mesa": rows(0.3, 0.4), "+ gram": rows(0.4, 0.55)})
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in table.splitlines()[2:]}
+    assert cells == {
+        "teacher clip": "90.0 |",
+        module.UNTRAINED: "10.0 ± 0.0 |",
+        module.BASE: "55.0 ± 7.1 |",
+        "+ mesa": "**35.0 ± 7.1** |",
+        "+ gram": "47.5 ± 10.6 |",
+    }
+
+
+@pytest.mark.slow
+def test_masking_does_a_quarter_of_the_work(benchmark, capsys):
+    """A quarter of the patches in the blocks; embedding, class token and positions are whole on both sides."""
+    shares = benchmark("masking").main(["--quick"])
+    assert 0.25 < shares["unmasked"]["flops"] < 0.27
+    assert shares["full"]["flops"] == pytest.approx(0.75 * shares["unmasked"]["flops"], rel=0.02)  # 9 of 12 blocks
+    assert all(0 < share["low"] <= share["wall"] <= share["high"] for share in shares.values())
+    said = capsys.readouterr().out
+    assert "blocks run: 9 and 9; in full 12 and 12" in said and "unmasked" in said.splitlines()[-1]
 
 
 def test_retention_is_the_students_metric_over_the_best_teachers(benchmark):
