@@ -146,6 +146,7 @@ def test_runner_trains_and_evaluates(config, scenes):
 
 def test_upernet_and_slide_inference(mmseg):
     """One map four times, mmseg's pyramid, UPerHead; windows over a picture larger than the model."""
+    from mmengine.config import ConfigDict
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
@@ -166,7 +167,7 @@ def test_upernet_and_slide_inference(mmseg):
                 "norm_cfg": norm,
                 "align_corners": False,
             },
-            "test_cfg": {"mode": "slide", "crop_size": (64, 64), "stride": (32, 32)},
+            "test_cfg": ConfigDict(mode="slide", crop_size=(64, 64), stride=(32, 32)),
         }
     )
     images = torch.rand(2, 3, 64, 64)
@@ -330,7 +331,7 @@ def test_checkpoints_run_no_code(mmseg, tmp_path):
     loaded = CheckpointLoader.load_checkpoint(path, map_location="cpu")
     assert loaded["loss"].mean() == 2 and loaded["max"] is HistoryBuffer.max
     torch.save({"bad": Method(torch.Tensor, "add_")}, path)
-    with pytest.raises(pickle.UnpicklingError, match="may only name methods of HistoryBuffer"):
+    with pytest.raises(ValueError, match="may only name methods of HistoryBuffer"):
         CheckpointLoader.load_checkpoint(path, map_location="cpu")
     torch.save({"bad": os.system}, path)
     with pytest.raises(pickle.UnpicklingError):

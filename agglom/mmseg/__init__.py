@@ -9,7 +9,7 @@ from agglom.mmseg.ops import MissingExtra, import_mmseg
 import_mmseg()
 
 from agglom.mmseg.backbone import Backbone, BatchNorm  # noqa: E402
-from agglom.mmseg.checkpoints import load_safely  # noqa: E402
+from agglom.mmseg.checkpoints import load_from_local  # noqa: E402
 from agglom.mmseg.shards import ShardDataset, ShardFile  # noqa: E402
 
-__all__ = ["BatchNorm", "Backbone", "MissingExtra", "ShardDataset", "ShardFile", "load_safely"]
+__all__ = ["BatchNorm", "Backbone", "MissingExtra", "ShardDataset", "ShardFile", "load_from_local"]

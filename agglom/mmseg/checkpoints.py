@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
-from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import load_from_local as load
 
 if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
     from numpy._core import multiarray
@@ -15,7 +16,7 @@ else:
     from numpy.core import multiarray  # type: ignore[no-redef]
 
 
-def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """mmengine's loader for local files, allowed to read the log histories that its checkpoints hold.
 
     torch.load unpickles weights only since 2.6 and refuses those histories, so mmengine 0.10 can neither test nor
@@ -24,7 +25,7 @@ def load_safely(filename: str, map_location: Any = None) -> dict[str, Any]:
     allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar]
     allowed += [type(np.dtype(kind)) for kind in ("float64", "float32", "int64")]
     with torch.serialization.safe_globals([*allowed, (_method, "builtins.getattr")]):
-        return load_from_local(filename, map_location)
+        return load(filename, map_location)
 
 
 def _method(owner: Any, name: str) -> Any:
@@ -34,4 +35,4 @@ def _method(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-CheckpointLoader.register_scheme("", load_safely, force=True)
+CheckpointLoader.register_scheme("", load_from_local, force=True)
