@@ -10,6 +10,7 @@ from agglom.probes.gather import splits_of
 from agglom.probes.geometry import GeometryProbe
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
+from agglom.probes.linear_sgd import LinearSgdProbe
 from agglom.probes.measure import PROBES
 from agglom.probes.report import read_report, write_comparison, write_report
 from agglom.probes.retrieval import RetrievalProbe
@@ -26,6 +27,7 @@ __all__ = [
     "GeometryProbe",
     "KnnProbe",
     "LinearProbe",
+    "LinearSgdProbe",
     "Probe",
     "Result",
     "RetrievalProbe",

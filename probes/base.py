@@ -96,6 +96,7 @@ class Probe:
     Attributes:
         name: the key in the report.
         metric: the headline metric, which retention is taken of.
+        several: the headline metric where an image may have several classes; None: the same, or it takes no such data.
         fields: the sample fields it reads ("cls", "seg", "txt", "boxes").
         spatial: whether it needs the feature maps of all images kept, not only vectors.
         blocks: of how many last blocks it looks at the vectors.
@@ -105,6 +106,7 @@ class Probe:
 
     name: str
     metric: str
+    several: str | None = None
     fields: tuple[str, ...] = ()
     spatial: bool = False
     blocks: int = 0
@@ -120,19 +122,33 @@ class Probe:
         raise NotImplementedError
 
 
+def headline(probe: Probe, targets: Mapping[str, Targets]) -> str:
+    """The metric that a probe's results are known by on these data."""
+    several = any(found.multi_label for found in targets.values())
+    return probe.several if several and probe.several else probe.metric
+
+
 def label_problem(subject: Subject) -> str | None:
     """Why the labels can't be classified, or None."""
     for role, targets in subject.targets.items():
         if targets.labels is None:
             return f"the {role} split has no .cls"
-        if role == "train" and _kinds(targets.labels) < 2:
-            return "the train split has a single class"
+        present = _present(targets.labels)
+        if role == "train" and len(present) < 2:
+            only = "".join(f" ({_class_name(subject, label)})" for label in present)
+            return f"the train split has a single class{only}" if only else "no train image has a class"
+        if not len(present):
+            return f"no {role} image has a class"
     return None
 
 
-def _kinds(labels: np.ndarray) -> int:
-    """How many classes occur."""
-    return len(np.unique(labels)) if labels.ndim == 1 else int(labels.any(0).sum())
+def _present(labels: np.ndarray) -> list[int]:
+    """The classes that occur."""
+    return (np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(0))).tolist()
+
+
+def _class_name(subject: Subject, label: int) -> str:
+    return subject.classes[label] if subject.classes and label < len(subject.classes) else str(label)
 
 
 def class_count(subject: Subject) -> int:
@@ -146,14 +162,13 @@ def unseen(subject: Subject, *, role: str = "test") -> str | None:
     """Classes of a role's labels that the train split has no image of, in words; or None."""
     train, other = subject.targets["train"].labels, subject.targets[role].labels
     assert train is not None and other is not None
-    if train.ndim == 2 or other.ndim == 2:
+    absent = sorted(set(_present(other)) - set(_present(train)))
+    if not absent:
         return None
-    absent = np.setdiff1d(np.unique(other), np.unique(train))
-    if not len(absent):
-        return None
-    first = subject.targets[role].keys[int(np.isin(other, absent).argmax())]
-    names = [subject.classes[i] if subject.classes and i < len(subject.classes) else str(i) for i in absent.tolist()]
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} (first in {role} sample {first})"
+    of_them = np.isin(other, absent) if other.ndim == 1 else other[:, absent].any(1)
+    first = subject.targets[role].keys[int(of_them.argmax())]
+    names = [_class_name(subject, label) for label in absent[:5]]
+    return f"{', '.join(names)}{', ...' if len(absent) > 5 else ''} (first in {role} sample {first})"
 
 
 def majority(labels: np.ndarray) -> float:

@@ -8,15 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agglom.probes.store import select
+
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A model's features over N images.
+    """A model's features over N images. Arrays may be memory-mapped: read stretches of them, and never write.
 
     Attributes:
         summary: (N, D) float32, or None.
         mean: (N, C) float32, the mean over the feature map's cells, or None.
-        spatial: (N, C, H, W) float16, memory-mapped, or None where there is none or it wasn't asked for.
+        spatial: (N, C, H, W) float16, or None where there is none or it wasn't asked for.
         block_summaries: (N, n, D') float32, the summaries of the last n blocks of a ViT, first to last; else None.
         block_means: (N, n, C') float32, the means of these blocks' maps; else None.
     """
@@ -28,14 +30,14 @@ class FeatureSet:
     block_means: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> FeatureSet:
-        """The same for some of the images."""
+        """The same for some of the images; what is mapped and large stays on disk (see `select`)."""
         arrays = (getattr(self, field.name) for field in fields(self))
-        return FeatureSet(*(None if a is None else a[rows] for a in arrays))
+        return FeatureSet(*(None if a is None else select(a, rows) for a in arrays))
 
-    def vectors(self, which: str) -> Tensor:
-        """(N, D) float32 of "summary", "mean" or "both" (side by side)."""
+    def vectors(self, which: str, *, copy: bool = False) -> Tensor:
+        """(N, D) float32 of "summary", "mean" or "both" (side by side); a view where possible, unless `copy`."""
         parts = {"summary": [self.summary], "mean": [self.mean], "both": [self.summary, self.mean]}[which]
-        if len(parts) == 1:
+        if len(parts) == 1 and not copy:
             return torch.from_numpy(np.asarray(parts[0], np.float32))
         return torch.from_numpy(np.concatenate([np.asarray(part, np.float32) for part in parts], axis=1))
 
@@ -72,6 +74,6 @@ class Targets:
         return Targets(
             [self.keys[i] for i in rows],
             None if self.labels is None else self.labels[rows],
-            None if self.masks is None else self.masks[rows],
+            None if self.masks is None else select(self.masks, rows),
             None if self.captions is None else [self.captions[i] for i in rows],
         )

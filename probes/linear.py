@@ -1,26 +1,33 @@
-"""Linear classification of frozen features: logistic regression, everything chosen on val."""
+"""Linear classification of frozen features: logistic regression, everything chosen on val.
+
+Memory. Beside the features, which stay on disk (mapped), there is one standardised copy of the train rows of one
+choice of features, 4 N D bytes (D is the sum of both widths for "both"), the covariance of D^2 and temporaries that do
+not grow with N. A training set that is too large for that copy is a case for `linear_sgd`, which makes none.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from agglom.probes.base import Probe, Result, Subject, class_count, label_problem, majority
-from agglom.probes.solver import Standardise, fit_softmax
-from agglom.probes.statistics import accuracy_resamples
+from agglom.probes.base import Probe, Result, Subject, label_problem
+from agglom.probes.solver import Head, Standardise, chunks, fit_logistic
+from agglom.probes.task import Task
 
 
 class LinearProbe(Probe):
     """Top-1 of logistic regression on standardised features, fitted on train.
+
+    Where images have several classes: a regression of each class against the rest, mean average precision.
 
     Args:
         l2: candidate strengths of L2; the objective is mean cross-entropy + l2 / 2 ||W||^2.
         features: candidates among "summary", "mean" (mean patch) and "both"; those that a model lacks are left out.
     """
 
-    name, metric, fields, sees = "linear", "top1", ("cls",), "both"
+    name, metric, several, fields, sees = "linear", "top1", "map", ("cls",), "both"
 
     def __init__(
         self,
@@ -34,39 +41,46 @@ class LinearProbe(Probe):
         return label_problem(subject)
 
     def evaluate(self, subject: Subject) -> Result:
-        """Top-1 and mean per-class recall on test, with the features and L2 that were best on val."""
-        labels = {role: torch.from_numpy(np.array(subject.targets[role].labels)) for role in ("train", "val", "test")}
+        """The metric (and mean per-class recall) on test, with the features and L2 that were best on val."""
+        task = Task.of(subject)
         usable = [which for which in self.features if which in subject.features["train"].choices]
         on_val: dict[str, dict[str, float]] = {}
         best: tuple[float, Any] | None = None
         for which in usable:
-            train = subject.features["train"].vectors(which)
-            scale = Standardise.of(train)
-            heads = fit_softmax(scale(train), labels["train"], classes=class_count(subject), l2=self.l2)
-            val = scale(subject.features["val"].vectors(which))
+            scale, heads = self._fit(subject, which, task)
+            val = subject.features["val"].vectors(which)
             for strength, head in zip(self.l2, heads, strict=True):
-                accuracy = (head(val).argmax(1) == labels["val"]).float().mean().item()
-                on_val.setdefault(which, {})[f"{strength:g}"] = accuracy
-                if best is None or accuracy > best[0]:  # a tie keeps the earlier: the stronger, the simpler
-                    best = accuracy, (which, strength, scale, head)
+                found = task.score(_answers(task, head, scale, val), "val")
+                on_val.setdefault(which, {})[f"{strength:g}"] = found
+                if best is None or found > best[0]:  # a tie keeps the earlier: the stronger, the simpler
+                    best = found, (which, strength, scale, head)
         assert best is not None
         which, strength, scale, head = best[1]
-        predicted = head(scale(subject.features["test"].vectors(which))).argmax(1).numpy()
-        truth = labels["test"].numpy()
-        correct = predicted == truth
+        answers = _answers(task, head, scale, subject.features["test"].vectors(which))
+        metrics, resamples = task.judge(answers, subject.seed)
         return Result(
-            metrics={
-                "top1": float(correct.mean()),
-                "macro": float(np.mean([correct[truth == label].mean() for label in np.unique(truth)])),
-            },
+            metrics=metrics,
             protocol={
                 "features": which,
                 "chosen": {"features": which, "l2": strength},
                 "grid": {"features": usable, "l2": list(self.l2)},
-                "val_top1": on_val,
+                f"val_{task.metric}": on_val,
                 "at_edge": strength in (min(self.l2), max(self.l2)),
                 "solver": "L-BFGS to the optimum, features standardised by the train split",
-                "chance": majority(truth),
+                "chance": task.chance,
+                **task.notes,
             },
-            resamples={"top1": accuracy_resamples(correct, subject.seed)},
+            resamples=resamples,
         )
+
+    def _fit(self, subject: Subject, which: str, task: Task) -> tuple[Standardise, list[Head]]:
+        train = subject.features["train"].vectors(which, copy=True)  # the only copy; fitting overwrites it
+        scale = Standardise.of(train)
+        y = task.target("train")
+        return scale, fit_logistic(scale.into(train), y, classes=task.classes, l2=self.l2, overwrite=True)
+
+
+def _answers(task: Task, head: Head, scale: Standardise, x: Tensor) -> Tensor:
+    """(N, D) -> answers to all rows."""
+    width = 2 * x.shape[1] + 2 * len(head.bias)
+    return torch.cat([task.answer(head(scale(x[rows]))) for rows in chunks(len(x), width)])

@@ -18,6 +18,7 @@ from agglom.probes.gather import ROLES, Gathered, ThroughModel, gather, splits_o
 from agglom.probes.geometry import GeometryProbe
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
+from agglom.probes.linear_sgd import LinearSgdProbe
 from agglom.probes.retrieval import RetrievalProbe
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.source import Source
@@ -29,6 +30,7 @@ PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "geometry": GeometryProbe,
     "knn": KnnProbe,
     "linear": LinearProbe,
+    "linear_sgd": LinearSgdProbe,
     "retrieval": RetrievalProbe,
     "segmentation": SegmentationProbe,
     "zeroshot": ZeroShotProbe,

@@ -17,7 +17,7 @@ import torch
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes import pictures
-from agglom.probes.base import Probe, Result
+from agglom.probes.base import Probe, Result, headline
 from agglom.probes.features import Targets
 from agglom.probes.fingerprint import tensors_of, weights_hash
 from agglom.probes.measure import measure
@@ -110,11 +110,11 @@ def run_probes(
         "through": {
             s.name: {"model": got.through[s.name][0], "adaptor": s.adaptor} for s in found.subjects if s.adaptor
         },
-        "retention": _retentions(built, results, student, teachers),
+        "retention": _retentions(built, results, student, teachers, targets),
         "skipped": found.skipped,
         "protocol": {
             probe.name: {
-                "metric": probe.metric,
+                "metric": headline(probe, targets),
                 "fields": list(probe.fields),
                 "models": {n: by[probe.name].protocol for n, by in results.items() if probe.name in by},
             }
@@ -151,7 +151,11 @@ def run_probes(
 
 
 def _retentions(
-    probes: Sequence[Probe], results: Mapping[str, Mapping[str, Result]], student: str, teachers: Sequence[str]
+    probes: Sequence[Probe],
+    results: Mapping[str, Mapping[str, Result]],
+    student: str,
+    teachers: Sequence[str],
+    targets: Mapping[str, Targets],
 ) -> dict[str, dict[str, Any]]:
     out = {}
     for probe in probes:
@@ -161,7 +165,7 @@ def _retentions(
         theirs = {t: results[t][probe.name] for t in teachers if probe.name in results.get(t, {})}
         if mine is None or not theirs:
             continue
-        metric = probe.metric
+        metric = headline(probe, targets)
         best = max(theirs, key=lambda t: theirs[t].metrics[metric])
         ratios = {t: _ratio(mine.metrics[metric], r.metrics[metric]) for t, r in theirs.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -216,17 +220,17 @@ def _pictures(
         {
             "key": targets.keys[row],
             "caption": targets.captions[row][0] if targets.captions else None,
-            "label": (
-                None if targets.labels is None else _name(classes, int(targets.labels[row]))
-            ),
+            "label": None if targets.labels is None else _name(classes, targets.labels[row]),
             "zeroshot": {name: guess[i] for name, guess in guesses.items()},
         }
         for i, row in enumerate(rows)
     ]  # fmt: skip
 
 
-def _name(classes: Sequence[str] | None, label: int) -> str:
-    return classes[label] if classes and label < len(classes) else str(label)
+def _name(classes: Sequence[str] | None, label: np.ndarray) -> str:
+    """Of one class (), or of those that are true (K,)."""
+    some = np.flatnonzero(label).tolist() if label.ndim else [int(label)]
+    return ", ".join(classes[k] if classes and k < len(classes) else str(k) for k in some)
 
 
 def _check_names(

@@ -18,7 +18,7 @@ from torch import Tensor
 from agglom.errors import UserError
 from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.features import FeatureSet, Targets
-from agglom.probes.solver import Head, Standardise, fit_softmax
+from agglom.probes.solver import Head, Standardise, fit_logistic
 from agglom.probes.statistics import bootstrap
 
 IGNORE = 255
@@ -54,7 +54,7 @@ class SegmentationProbe(Probe):
         classes = _classes(subject)
         x, y, drawn = draw_pixels(subject.features["train"], subject.targets["train"], self.pixels, subject.seed)
         scale = Standardise.of(x)
-        heads = fit_softmax(scale(x), y, classes=classes, l2=self.l2, steps=40, tolerance=1e-4)
+        heads = fit_logistic(scale(x), y, classes=classes, l2=self.l2, steps=40, tolerance=1e-4)
         heads = [scale.fold(head) for head in heads]
         on_val = [scores(areas(head, subject, "val", classes).sum(0))["miou"] for head in heads]
         best = int(np.nanargmax(on_val))

@@ -29,14 +29,14 @@ def bootstrap(
     block = max(1, 2**23 // max(1, images))  # counts of a block stay under 64 MiB
     return np.concatenate(
         [
-            statistic(_counts(images, min(block, resamples - start), seed, start) @ values / images)
+            statistic(draws(images, min(block, resamples - start), seed, start) @ values / images)
             for start in range(0, resamples, block)
         ]
     )
 
 
 @lru_cache(maxsize=1)  # every probe and model of a report asks for the same resamples
-def _counts(images: int, resamples: int, seed: int, start: int) -> np.ndarray:
+def draws(images: int, resamples: int, seed: int, start: int) -> np.ndarray:
     """(resamples, images) how often each image was drawn."""
     rng = np.random.default_rng([seed, start])
     return np.stack(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 from agglom.errors import UserError
 
 VERSION = 2  # of what is stored; older folders are ignored
-MAPPED = ("spatial", "masks")  # larger than memory, so they stay on disk
+LARGE = 2**26  # bytes; what is copied of mapped arrays in memory, and not on disk, is smaller
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,23 @@ def read_meta(place: Path) -> dict[str, Any] | None:
 
 
 def read_array(place: Path, name: str, meta: Mapping[str, Any]) -> np.ndarray | None:
-    """An array of a complete folder, or None where it has none of that name."""
+    """An array of a complete folder, memory-mapped, or None where it has none of that name."""
     if name not in meta["arrays"]:
         return None
-    mapped = np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    return mapped if name in MAPPED else np.array(mapped)
+    # "c": nothing is ever written, but torch takes no read-only arrays without a warning
+    return np.load(place / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+
+
+def select(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`array[rows]` in memory; of a mapped array, where that is `LARGE`, in a nameless file beside it, mapped again."""
+    shape = (len(rows), *array.shape[1:])
+    row = array[:1].nbytes
+    path = getattr(array, "filename", None)
+    if path is None or row * len(rows) <= LARGE:
+        return array[rows]
+    with tempfile.TemporaryFile(dir=Path(path).parent) as stream:  # gone with the last array that maps it
+        step = max(1, LARGE // row)
+        for start in range(0, len(rows), step):
+            stream.write(np.ascontiguousarray(array[rows[start : start + step]]).data)
+        stream.flush()
+        return np.memmap(stream, array.dtype, mode="c", shape=shape)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from agglom.errors import UserError
 from agglom.features import InputSpec
-from agglom.probes import KnnProbe, LinearProbe, Probe, SegmentationProbe, Subject, ZeroShotProbe
+from agglom.probes import KnnProbe, LinearProbe, LinearSgdProbe, Probe, SegmentationProbe, Subject, ZeroShotProbe
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.zeroshot import classifier
 
@@ -61,7 +61,7 @@ def subject(kind="perfect", shuffle=False, **changes):
     return replace(full, **changes)
 
 
-PROBES = [KnnProbe(), LinearProbe(), SegmentationProbe(), ZeroShotProbe(templates=["a {}", "one {}"])]
+PROBES = [KnnProbe(), LinearProbe(), LinearSgdProbe(steps=100), SegmentationProbe(), ZeroShotProbe(templates=["a {}", "one {}"])]
 each_probe = pytest.mark.parametrize("probe", PROBES, ids=lambda p: p.name)
 
 

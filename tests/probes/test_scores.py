@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from agglom.probes.features import FeatureSet, Targets
-from agglom.probes.knn import neighbours, votes
+from agglom.probes.knn import nearest, votes
 from agglom.probes.segmentation import count_areas, draw_pixels, predict, scores
-from agglom.probes.solver import Head, Standardise, fit_softmax
+from agglom.probes.solver import Head, Standardise, fit_logistic
 from agglom.probes.statistics import accuracy_resamples, bootstrap, interval
 
 
@@ -23,6 +23,11 @@ def blobs(count, dim, classes, seed=0, spread=1.5):
     y = torch.randint(classes, (count,), generator=rng)
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     return centres[y] + spread * torch.randn(count, dim, generator=rng), y
+
+
+def neighbours(queries, bank, k, **chunks):
+    """All at once: similarities and rows."""
+    return tuple(torch.cat(parts) for parts in zip(*nearest(queries, bank, k, **chunks), strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 10, 20])
@@ -49,7 +54,7 @@ def test_chunks_do_not_change_neighbours():
 def test_softmax_regression_reaches_sklearns_optimum(l2):
     x, y = blobs(400, 12, 4)
     x = x * torch.logspace(-1, 1, 12)  # badly scaled on purpose
-    head = fit_softmax(x, y, classes=4, l2=[l2])[0]
+    head = fit_logistic(x, y, classes=4, l2=[l2])[0]
     theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-10, max_iter=20_000).fit(x.double().numpy(), y.numpy())
     np.testing.assert_allclose(head(x).softmax(1).numpy(), theirs.predict_proba(x.double().numpy()), atol=1e-3)
     coef = torch.from_numpy(theirs.coef_).float()
@@ -58,9 +63,9 @@ def test_softmax_regression_reaches_sklearns_optimum(l2):
 
 def test_warm_starts_give_the_same_heads_in_the_order_asked():
     x, y = blobs(200, 6, 3)
-    path = fit_softmax(x, y, classes=3, l2=[0.01, 1.0, 0.1])
+    path = fit_logistic(x, y, classes=3, l2=[0.01, 1.0, 0.1])
     for strength, head in zip([0.01, 1.0, 0.1], path, strict=True):
-        alone = fit_softmax(x, y, classes=3, l2=[strength])[0]
+        alone = fit_logistic(x, y, classes=3, l2=[strength])[0]
         torch.testing.assert_close(head(x).softmax(1), alone(x).softmax(1), atol=1e-3, rtol=0)
 
 
