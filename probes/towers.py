@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agglom.errors import UserError
+from agglom.errors import UserError, brief
 from agglom.features import Backbone, TextTower
 from agglom.probes.base import Subject
 from agglom.probes.features import FeatureSet
@@ -81,8 +81,8 @@ class CachedText:
             os.replace(scratch, file)
         try:
             return torch.from_numpy(np.load(file, allow_pickle=False))
-        except (OSError, ValueError) as err:
-            raise UserError(f"{file}: broken ({err}); remove it and run it again") from err
+        except (OSError, ValueError, EOFError) as err:
+            raise UserError(f"{file}: broken ({brief(err)}); remove it and run it again") from err
 
 
 def fingerprint(tower: TextTower, model: Backbone | None) -> str:
