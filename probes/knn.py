@@ -117,6 +117,14 @@ def nearest(
         yield best, rows
 
 
+def neighbours(
+    queries: Tensor, bank: Tensor, k: int, *, query_chunk: int = QUERIES, bank_chunk: int = ROWS
+) -> tuple[Tensor, Tensor]:
+    """All of `nearest` at once: similarities (Q, k), descending, and bank rows (Q, k)."""
+    similarities, rows = zip(*nearest(queries, bank, k, query_chunk=query_chunk, bank_chunk=bank_chunk), strict=True)
+    return torch.cat(similarities), torch.cat(rows)
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """(N, D) -> (N,)."""
     return torch.linalg.vector_norm(x, dim=1).clamp_min(1e-12).reciprocal()

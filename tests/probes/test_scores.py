@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from agglom.probes.features import FeatureSet, Targets
-from agglom.probes.knn import nearest, votes
+from agglom.probes.knn import neighbours, votes
 from agglom.probes.segmentation import count_areas, draw_pixels, predict, scores
 from agglom.probes.solver import Head, Standardise, fit_logistic
 from agglom.probes.statistics import accuracy_resamples, bootstrap, interval
@@ -23,11 +23,6 @@ def blobs(count, dim, classes, seed=0, spread=1.5):
     y = torch.randint(classes, (count,), generator=rng)
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     return centres[y] + spread * torch.randn(count, dim, generator=rng), y
-
-
-def neighbours(queries, bank, k, **chunks):
-    """All at once: similarities and rows."""
-    return tuple(torch.cat(parts) for parts in zip(*nearest(queries, bank, k, **chunks), strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 10, 20])
