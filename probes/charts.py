@@ -2,114 +2,186 @@
 
 from __future__ import annotations
 
-import csv
+import colorsys
 import math
 from html import escape
-from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
-Series = list[tuple[float, float]]
+from agglom.probes.training import Series, thin
 
-
-def read_losses(path: Path, most: int = 12) -> dict[str, Series]:
-    """Columns of a metrics.csv with "loss" in their name -> [(step, value)], validation left in, step doubles out.
-
-    Where Lightning logs a value per step and per epoch (`NAME_step`, `NAME_epoch`), the step's is kept.
-    """
-    out: dict[str, Series] = {}
-    with open(path, newline="", encoding="utf-8") as stream:
-        for number, row in enumerate(csv.DictReader(stream)):
-            step = _number(row.get("step")) if row.get("step") else float(number)
-            for name, text in row.items():
-                if name and "loss" in name.lower() and step is not None and (value := _number(text)) is not None:
-                    out.setdefault(name, []).append((step, value))
-    for name in list(out):
-        if name.endswith("_epoch") and f"{name.removesuffix('_epoch')}_step" in out:
-            del out[name]
-    return dict(sorted(out.items(), key=lambda item: (item[0].count("/"), item[0]))[:most])
+DASHES = {"c1": "7 3", "c2": "2 3", "c3": "9 3 2 3", "c4": "5 2", "c5": "1 4", "c6": "12 3", "random": "3 5"}
 
 
-def thin(series: Series, points: int = 120) -> Series:
-    """At most so many points, each the mean of its stretch."""
-    stretch = max(1, math.ceil(len(series) / points))
-    parts = [series[i : i + stretch] for i in range(0, len(series), stretch)]
-    return [(sum(x for x, _ in p) / len(p), sum(y for _, y in p) / len(p)) for p in parts]
+class Line(NamedTuple):
+    """A curve: its name in the legend, its points and the colour class of `agglom.probes.wording.tone`."""
+
+    name: str
+    points: Series
+    tone: str
 
 
-def line_chart(title: str, series: Series) -> str:
-    """One curve over steps, as a figure."""
-    series = thin(sorted(series))
-    width, height, left, bottom, top = 300, 150, 44, 22, 8
-    xs, ys = [x for x, _ in series], [y for _, y in series]
-    (x0, x1), (y0, y1) = _span(xs), _span(ys)
+class Scale(NamedTuple):
+    """Values from `low` to `high` on an axis."""
 
-    def at(x: float, y: float) -> str:
-        return (
-            f"{left + (x - x0) / (x1 - x0) * (width - left - 8):.1f},"
-            f"{top + (y1 - y) / (y1 - y0) * (height - top - bottom):.1f}"
-        )
+    low: float
+    high: float
 
-    path = " ".join(at(x, y) for x, y in series)
-    axis = "".join(
-        f'<line class="rule" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>'
-        f'<text x="{left - 5}" y="{y + 3}" text-anchor="end">{value:.3g}</text>'
-        for y, value in ((top, y1), ((top + height - bottom) / 2, (y0 + y1) / 2), (height - bottom, y0))
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Scale:
+        """From 0 (or below, where values are) to a round number at or above the largest."""
+        low, high = min(0.0, *values), max(*values, 0.0)
+        step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
+        unit = next(u for u in (0.2 * step, 0.5 * step, step, 2 * step) if (high - low) / u <= 5.0001)
+        return cls(math.floor(low / unit + 1e-9) * unit, math.ceil(high / unit - 1e-9) * unit or unit)
+
+    def at(self, value: float, start: float, length: float) -> float:
+        """Where a value lies on an axis of `length` from `start`."""
+        return start + (value - self.low) / (self.high - self.low) * length
+
+
+STRIP = (176, 26, 6)  # width, height and margin of a strip in CSS pixels
+
+
+def strip_axis(scale: Scale, factor: float) -> str:
+    """The head of a column of strips: both ends and the middle, times `factor`."""
+    width, _, margin = STRIP
+    texts = "".join(
+        f'<text x="{scale.at(value, margin, width - 2 * margin):.1f}" y="11" text-anchor="{anchor}">'
+        f"{factor * value:.3g}</text>"
+        for value, anchor in ((scale.low, "start"), ((scale.low + scale.high) / 2, "middle"), (scale.high, "end"))
     )
-    steps = (
-        f'<text x="{left}" y="{height - 6}">{x0:.0f}</text>'
-        f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">step {x1:.0f}</text>'
-    )
-    label = f"{title}: from {ys[0]:.3g} at step {xs[0]:.0f} to {ys[-1]:.3g} at step {xs[-1]:.0f}"
-    body = f'<polyline points="{path}"/>' if len(series) > 1 else f'<circle r="3" cx="{left}" cy="{top}"/>'
     return (
-        f'<figure class="chart"><figcaption><code>{escape(title)}</code></figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{axis}{steps}{body}</svg></figure>"
+        f'<svg class="strip-axis" viewBox="0 0 {width} 14" width="{width}" height="14" aria-hidden="true">{texts}</svg>'
     )
 
 
-def interval_chart(
-    label: str, rows: Sequence[tuple[str, str, float, Sequence[float] | None]], chance: float | None
-) -> str:
-    """Values with their intervals, one row a model.
+def strip_plot(value: float, ci: Sequence[float] | None, scale: Scale, tone: str, chance: float | None) -> str:
+    """A value with its interval on a line; chance dashed. The number itself stands beside it as text."""
+    width, height, margin = STRIP
+    middle = height / 2
+
+    def x(number: float) -> str:
+        return f"{min(max(scale.at(number, margin, width - 2 * margin), 0), width):.1f}"
+
+    ticks = (scale.low, (scale.low + scale.high) / 2, scale.high)
+    parts = [f'<line class="rule" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{height}"/>' for t in ticks]
+    if chance is not None:
+        parts.append(f'<line class="chance" x1="{x(chance)}" x2="{x(chance)}" y1="0" y2="{height}"/>')
+    if ci:
+        parts.append(f'<line class="bar {tone}" x1="{x(ci[0])}" x2="{x(ci[1])}" y1="{middle}" y2="{middle}"/>')
+    parts.append(f'<circle class="dot {tone}" cx="{x(value)}" cy="{middle}" r="5"/>')
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg class="strip-plot" {size} aria-hidden="true">{"".join(parts)}</svg>'
+
+
+def line_chart(title: str, lines: Sequence[Line], *, axis: str = "step", marks: bool = False) -> str:
+    """Curves over one axis, as a figure with a legend.
+
+    Args:
+        title: what is drawn.
+        lines: at least one, each with at least one point.
+        axis: what x is.
+        marks: whether points are marked: few that were measured, not many that were averaged.
+    """
+    shown = [Line(name, points if marks else thin(points), tone) for name, points, tone in lines]
+    width, height, left, bottom, top = 320, 170, 46, 24, 8
+    xs, ys = ([p[i] for line in shown for p in line.points] for i in (0, 1))
+    across, up = Scale(*_span(xs)), Scale(*_span(ys))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return across.at(x, left, width - left - 10), up.at(y, height - bottom, top + bottom - height)
+
+    parts = []
+    for value in (up.high, (up.low + up.high) / 2, up.low):
+        y = at(across.low, value)[1]
+        parts.append(f'<line class="rule" x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.3g}</text>')
+    for value, anchor, word in ((across.low, "start", ""), (across.high, "end", f"{axis} ")):
+        parts.append(
+            f'<text x="{at(value, 0)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">{word}{value:.0f}</text>'
+        )
+    for line in shown:
+        spots = [at(x, y) for x, y in line.points]
+        dash = f' stroke-dasharray="{DASHES[line.tone]}"' if line.tone in DASHES else ""
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        parts.append(f'<polyline class="curve {line.tone}" points="{path}"{dash}/>')
+        if marks or len(spots) == 1:
+            parts += [f'<circle class="dot {line.tone}" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in spots]
+    spoken = "; ".join(
+        f"{line.name} from {line.points[0][1]:.3g} at {axis} {line.points[0][0]:.0f} "
+        f"to {line.points[-1][1]:.3g} at {axis} {line.points[-1][0]:.0f}"
+        for line in shown
+    )
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{title}: {spoken}")}">'
+        f"{''.join(parts)}</svg>{legend([(line.name, line.tone) for line in shown])}</figure>"
+    )
+
+
+def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """Names beside samples of their lines."""
+    samples = []
+    for name, tone in entries:
+        dash = f' stroke-dasharray="{DASHES[tone]}"' if tone in DASHES else ""
+        samples.append(
+            '<li><svg class="sample" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
+            f'<polyline class="curve {tone}" points="0,5 28,5"{dash}/></svg>{escape(name)}</li>'
+        )
+    return f'<ul class="legend">{"".join(samples)}</ul>'
+
+
+def radar(label: str, axes: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
+    """One spoke an axis, one outline a row; an outline is open where a value is missing.
 
     Args:
         label: what a screen reader says.
-        rows: (name, role, value, (low, high) or None), fractions.
-        chance: drawn as a dashed line.
+        axes: at least three names.
+        rows: (name, colour class, axis -> value >= 0); the first is drawn last, filled.
     """
-    width, left, step, top = 640, 150, 26, 6
-    height = top + step * len(rows) + 20
-    ends = [v for _, _, value, ci in rows for v in (value, *(ci or ()))] + ([chance] if chance is not None else [])
-    high = _ceiling(max(ends))
+    width, height, radius = 520, 400, 140
+    scale = Scale.over([value for _, _, values in rows for value in values.values()])
 
-    def x(value: float) -> float:
-        return left + value / high * (width - left - 60)
+    def at(place: int, value: float) -> tuple[float, float]:
+        angle, reach = 2 * math.pi * place / len(axes), scale.at(value, 0, radius)
+        return width / 2 + reach * math.sin(angle), height / 2 - reach * math.cos(angle)
 
-    parts = [
-        f'<line class="rule" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{height - 18}"/>'
-        f'<text x="{x(tick):.1f}" y="{height - 5}" text-anchor="middle">{100 * tick:.3g}</text>'
-        for tick in (0, high / 4, high / 2, 3 * high / 4, high)
-    ]
-    if chance is not None:
-        parts.append(f'<line class="chance" x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="{top}" y2="{height - 18}"/>')
-    for i, (name, role, value, ci) in enumerate(rows):
-        y = top + step * i + step / 2
-        parts.append(f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_short(name))}</text>')
-        if ci:
-            parts.append(f'<line class="ci {role}" x1="{x(ci[0]):.1f}" x2="{x(ci[1]):.1f}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<circle class="{role}" cx="{x(value):.1f}" cy="{y}" r="5"/>')
+    def outline(values: Sequence[float]) -> str:
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(i, v) for i, v in enumerate(values)))
+
+    rings = [scale.high * part for part in (0.25, 0.5, 0.75, 1.0)]
+    parts = [f'<polygon class="ring" points="{outline([ring] * len(axes))}"/>' for ring in rings]
+    for place, axis in enumerate(axes):
+        (x, y), (tx, ty) = at(place, scale.high), at(place, scale.high * 1.1)
+        side = math.sin(2 * math.pi * place / len(axes))
+        anchor = "middle" if abs(side) < 0.2 else ("start" if side > 0 else "end")
+        drop = 4 + 6 * (ty - height / 2) / radius
+        parts.append(f'<line class="rule" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>')
         parts.append(
-            f'<text class="name" x="{x(max(value, *(ci or (0,)))) + 10:.1f}" y="{y + 4}">{100 * value:.1f}</text>'
+            f'<text class="name" x="{tx:.1f}" y="{ty + drop:.1f}" text-anchor="{anchor}">{escape(axis)}</text>'
         )
-    size = f'viewBox="0 0 {width} {height}"'
-    return f'<svg class="dots" {size} role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    for number, (_, tone, values) in reversed(list(enumerate(rows))):
+        dash = f' stroke-dasharray="{DASHES[tone]}"' if tone in DASHES else ""
+        if number == 0 and len(values) == len(axes):
+            parts.append(f'<polygon class="area {tone}" points="{outline([values[a] for a in axes])}"/>')
+        for place, axis in enumerate(axes):
+            after = axes[(place + 1) % len(axes)]
+            if axis in values and after in values:
+                (x1, y1), (x2, y2) = at(place, values[axis]), at((place + 1) % len(axes), values[after])
+                parts.append(f'<polyline class="curve {tone}" points="{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}"{dash}/>')
+        spots = [at(place, values[axis]) for place, axis in enumerate(axes) if axis in values]
+        parts += [f'<circle class="dot {tone}" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in spots]
+    for ring in rings[1::2]:
+        x, y = at(0, ring)
+        parts.append(f'<text x="{x + 4:.1f}" y="{y - 3:.1f}">{100 * ring:.3g}</text>')
+    return (
+        f'<figure class="radar"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>{legend([(name, tone) for name, tone, _ in rows])}</figure>"
+    )
 
 
 def palette(count: int) -> list[tuple[int, int, int]]:
     """Distinct colours for mask values; 0 is a quiet grey."""
-    import colorsys
-
     colours = [(90, 94, 102)]
     for i in range(1, count):
         hue = (i * 0.618034) % 1.0
@@ -118,31 +190,6 @@ def palette(count: int) -> list[tuple[int, int, int]]:
     return colours
 
 
-def summary_of(losses: Mapping[str, Series]) -> list[tuple[str, float, float, int]]:
-    """(name, first, last, last step) of each curve, each end averaged over a twentieth of it."""
-    out = []
-    for name, series in losses.items():
-        ends = thin(sorted(series), 20)
-        out.append((name, ends[0][1], ends[-1][1], int(max(x for x, _ in series))))
-    return out
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _ceiling(value: float) -> float:
-    return next(c for c in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, math.inf) if value <= c * 0.98 or c >= 1.0)
-
-
-def _short(name: str, most: int = 20) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"

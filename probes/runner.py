@@ -16,12 +16,11 @@ import torch
 
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
-from agglom.probes import pictures
 from agglom.probes.base import Probe, Result, headline
 from agglom.probes.features import Targets
 from agglom.probes.fingerprint import tensors_of, weights_hash
 from agglom.probes.measure import measure
-from agglom.probes.source import Source
+from agglom.probes.shown import collect
 from agglom.probes.statistics import RESAMPLES, interval
 
 SCHEMA_VERSION = 1
@@ -91,7 +90,7 @@ def run_probes(
         for entry in set(folder.iterdir()) - found.got.places:
             shutil.rmtree(entry, ignore_errors=True)
     built, source, plan, got, results = found.probes, found.source, found.plan, found.got, found.results
-    rows, targets = found.subjects[0].show, found.got.targets
+    targets = found.got.targets
     if not results:
         reasons = "; ".join(f"{s['probe']} of {s['model']}: {s['reason']}" for s in found.skipped[:4])
         raise UserError(f"{data}: no probe could run ({reasons}); choose other data, probes or models")
@@ -115,6 +114,7 @@ def run_probes(
         "protocol": {
             probe.name: {
                 "metric": headline(probe, targets),
+                "bounded": probe.bounded,
                 "fields": list(probe.fields),
                 "models": {n: by[probe.name].protocol for n, by in results.items() if probe.name in by},
             }
@@ -141,7 +141,7 @@ def run_probes(
         "seconds": {"extraction": round(found.extraction, 2), "probes": found.seconds},
     }
     report["retention_mean"] = _mean([r["value"] for r in report["retention"].values()])
-    report["examples"] = _pictures(out, source, plan["test"], models, targets["test"], rows, results, student)
+    report["examples"] = collect(out, found, models, student, teachers)
     report["seconds"]["total"] = round(time.monotonic() - started, 2)
     report = _plain(report)
     scratch = out / ".report.json.tmp"
@@ -169,68 +169,22 @@ def _retentions(
         best = max(theirs, key=lambda t: theirs[t].metrics[metric])
         ratios = {t: _ratio(mine.metrics[metric], r.metrics[metric]) for t, r in theirs.items()}
         with np.errstate(divide="ignore", invalid="ignore"):
-            paired = mine.resamples[metric] / theirs[best].resamples[metric]
+            paired = {
+                t: interval(mine.resamples[metric] / r.resamples[metric])
+                for t, r in theirs.items()
+                if metric in mine.resamples and metric in r.resamples
+            }
         out[probe.name] = {
             "value": ratios[best],
-            "ci": interval(paired),
+            "ci": paired.get(best),
             "metric": metric,
             "student": mine.metrics[metric],
             "best_teacher": theirs[best].metrics[metric],
             "best_teacher_name": best,
             "teachers": ratios,
+            "teachers_ci": paired,
         }
     return out
-
-
-def _pictures(
-    out: Path,
-    source: Source,
-    test: Mapping[str, Any],
-    models: Mapping[str, Backbone],
-    targets: Targets,
-    rows: Sequence[int],
-    results: Mapping[str, Mapping[str, Result]],
-    student: str,
-) -> list[dict[str, Any]]:
-    """Save the arrays that the report pictures; return what it says beside them."""
-    keys = {targets.keys[row] for row in rows}
-    found: dict[str, Any] = {}
-    for sample in source.samples(test["split"]):
-        if sample["key"] in keys:
-            found[sample["key"]] = torch.as_tensor(sample["image"])
-        if len(found) == len(keys):
-            break
-    images = torch.stack([found[targets.keys[row]] for row in rows])
-    arrays = {"images/test": images.permute(0, 2, 3, 1).numpy()}
-    adaptors = getattr(models[student], "adaptors", {})
-    for name, colours in pictures.pca_maps(models, adaptors, images.float() / 255, student).items():
-        arrays[f"pca/{name}"] = colours
-    if targets.masks is not None:
-        arrays["masks/truth"] = np.stack([targets.masks[row] for row in rows])
-    guesses = {}
-    for name, by in results.items():
-        shown = {key: value for result in by.values() for key, value in result.show.items() if value is not None}
-        if "masks" in shown:
-            arrays[f"masks/{name}"] = shown["masks"]
-        if "zeroshot" in shown:
-            guesses[name] = shown["zeroshot"]
-    pictures.save(out, arrays)
-    classes = source.index.classes
-    return [
-        {
-            "key": targets.keys[row],
-            "caption": targets.captions[row][0] if targets.captions else None,
-            "label": None if targets.labels is None else _name(classes, targets.labels[row]),
-            "zeroshot": {name: guess[i] for name, guess in guesses.items()},
-        }
-        for i, row in enumerate(rows)
-    ]  # fmt: skip
-
-
-def _name(classes: Sequence[str] | None, label: np.ndarray) -> str:
-    """Of one class (), or of those that are true (K,)."""
-    some = np.flatnonzero(label).tolist() if label.ndim else [int(label)]
-    return ", ".join(classes[k] if classes and k < len(classes) else str(k) for k in some)
 
 
 def _check_names(

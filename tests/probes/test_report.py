@@ -15,11 +15,11 @@ from agglom.data import write_index, write_shard
 from agglom.errors import UserError
 from agglom.features import Features, InputSpec
 from agglom.probes import read_report, run_probes, write_comparison, write_report
-from agglom.probes.charts import read_losses, thin
 from agglom.probes.extract import Wanted, extract
 from agglom.probes.fingerprint import behaviour_hash, weights_hash
 from agglom.probes.pictures import pca_maps
 from agglom.probes.source import Source, fit
+from agglom.probes.training import curves, read_metrics, thin
 
 EVIL = "<script>alert(1)</script>|x"
 CLASSES = ("red", "green", EVIL)
@@ -126,7 +126,7 @@ def test_pages_need_no_model_no_network_and_escape(report):
     for section in ("retention", "scores", "training", "maps", "examples", "masks", "skipped", "protocol"):
         assert f'id="{section}"' in html
     assert "<script" not in html and "&lt;script&gt;" in html
-    assert not re.search(r'(src|href)="(?!data:)', html) and "url(" not in html
+    assert not re.search(r'(src|href)="(?!data:|#)', html) and "url(" not in html
     assert all("alt=" in tag for tag in re.findall(r"<img[^>]*>", html))
     assert "prefers-color-scheme:dark" in html and "@media print" in html and 'lang="en"' in html
     assert "<script" not in text and "## Retention" in text and "**100.0**" in text
@@ -135,7 +135,7 @@ def test_pages_need_no_model_no_network_and_escape(report):
 
 def test_comparison(report, tmp_path):
     html = write_comparison([report, report.parent], tmp_path / "c").read_text()
-    assert str(report) in html and "different data" not in html
+    assert str(report.parent) in html and "different data" not in html
     assert "kNN" in (tmp_path / "c" / "comparison.md").read_text()
 
 
@@ -266,7 +266,19 @@ def test_colours_follow_the_reference():
     assert (maps["a > b"] == maps["b"]).all()
 
 
-def test_losses_of_a_csv(tmp_path):
-    (tmp_path / "m.csv").write_text("step,a/loss_step,a/loss_epoch,lr,b_loss\n0,1,,5,\n5,2,,5,nan\n9,,7,,4\n")
-    assert read_losses(tmp_path / "m.csv") == {"b_loss": [(9.0, 4.0)], "a/loss_step": [(0.0, 1.0), (5.0, 2.0)]}
+def test_curves_of_a_csv(tmp_path):
+    (tmp_path / "m.csv").write_text(
+        "step,epoch,train/loss,train/clip/summary_loss,val/clip/summary_loss,train/clip/weight,train/dino/weight,"
+        "train/clip/kept,probe/clip/knn_top1,a/loss_step,a/loss_epoch,lr\n"
+        "0,0,1,3,,.5,.5,1,,1,,5\n5,0,nan,,4,.7,.3,1,.2,2,,5\n9,0,,,,,,,,,7,\n"
+    )
+    columns = read_metrics(tmp_path / "m.csv")
+    assert columns["train/loss"] == [(0.0, 1.0)] and columns["a/loss_step"] == [(0.0, 1.0), (5.0, 2.0)]
+    assert "a/loss_epoch" not in columns and "epoch" not in columns and "step" not in columns
+    charts = {chart.title: chart.lines for chart in curves(columns)}
+    assert charts["clip"] == {"summary, training": [(0.0, 3.0)], "summary, validation": [(5.0, 4.0)]}
+    assert charts["Weight in the loss"] == {"clip": [(0.0, 0.5), (5.0, 0.7)], "dino": [(0.0, 0.5), (5.0, 0.3)]}
+    assert charts["Probes during training"] == {"knn_top1 through clip": [(5.0, 0.2)]}
+    assert "Share of the images kept" not in charts  # always one
+    assert charts["Learning rate"] == {"lr": [(0.0, 5.0), (5.0, 5.0)]}
     assert thin([(float(i), 1.0) for i in range(1000)], 100)[0] == (4.5, 1.0)
