@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -67,8 +68,8 @@ def extract(
         split: of the data.
         cache: folder of the cache; made where it is missing.
         batch: images a forward pass.
-        rank, world_size: of how many processes this is which. Each computes its own parts, and then whatever still
-            lacks, so that one that died holds nobody up.
+        rank, world_size: of how many processes this is which. Each computes its own parts, and the first then whatever
+            still lacks, so that one that died holds nobody up.
 
     Returns:
         targets, name -> features, and the cache folders that hold them.
@@ -85,26 +86,26 @@ def extract(
     where = f"{source.hash} {split} {source.rows(split)} {source.size}"
     number = source.parts(split, PART)
     wanted = source.split_fields(split)
-    targets = Parts(cache / f"targets-{split}-{_key(where, *wanted)}", "", number)
+    targets = Parts(cache / f"targets-{split}-{_key(where, *wanted)}", f"{number}", number)
     places: dict[str, Parts] = {}
     owners: dict[str, str] = {}
     for name, want in models.items():
-        key, variant = model_key(want.model, size), f"{want.spatial:d}{want.blocks}"
+        key, variant = model_key(want.model, size), f"{want.spatial:d}{want.blocks}-{number}"
         for entry, teacher in ((name, ""), *((f"{name} > {teacher}", teacher) for teacher in want.adaptors)):
             place = cache / f"{_safe(entry)}-{split}-{_key(where, key, teacher)}"
             places[entry], owners[entry] = Parts(place, variant, number), name
-    todo = {e: p for e, p in places.items() if not _complete(p.place, models[owners[e]], own=e == owners[e])}
-    if todo or read_meta(targets.place) is None:
-        waiting = {**todo, **({} if read_meta(targets.place) else {"": targets})}
+    places[""] = targets
+    waiting = {e: p for e, p in places.items() if not _complete(e, p.place, models, owners)}
+    if waiting:
         job = _Pass(models, owners, waiting, source, split, size, batch)
-        missing = sorted({part for parts in waiting.values() for part in parts.missing()})
-        job.run([part for part in missing if part % world_size == rank])
-        job.run(sorted({part for parts in waiting.values() for part in parts.missing()}) if rank == 0 else [])
+        job.run([part for part in job.missing() if part % world_size == rank])
         if rank == 0:
+            job.run(job.missing()[::-1])  # from the end: those that are still at work come from the front
             for parts in waiting.values():
                 parts.join()
         else:
-            _await(waiting)
+            job.wait()
+    del places[""]
     features = {entry: _load_features(parts.place, models[owners[entry]]) for entry, parts in places.items()}
     used = {targets.place, *(parts.place for parts in places.values())}
     return _load_targets(targets.place, wanted), features, used
@@ -131,18 +132,45 @@ class _Pass:
         self.models, self.owners, self.waiting = models, owners, waiting
         self.source, self.split, self.size, self.batch = source, split, size, batch
 
+    def missing(self) -> list[int]:
+        """Parts that any entry lacks."""
+        return sorted({part for parts in self.waiting.values() for part in parts.missing()})
+
+    def wait(self, patience: float = 3600.0) -> None:
+        """Until another process has joined the parts."""
+        until = time.monotonic() + patience
+        while self._open():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"features: rank 0 has not joined them within {patience:.0f} s; did it stop? run it again"
+                )
+            time.sleep(0.2)
+
+    def _open(self) -> list[str]:
+        """Entries that nobody has joined yet."""
+        return [e for e, p in self.waiting.items() if not _complete(e, p.place, self.models, self.owners)]
+
+    def _lacking(self, part: int) -> list[str]:
+        """Entries that this part is still to be computed for: another process may have done it, or joined them all."""
+        return [entry for entry in self._open() if not self.waiting[entry].has(part)]
+
     def run(self, parts: Sequence[int]) -> None:
         """These parts, decoded a little ahead of the models."""
         started, done = time.monotonic(), 0
         rows = self.source.rows(self.split) * len(parts) // self.source.parts(self.split, PART)
         for part, samples in _ahead(self._read, parts):
+            if samples is None:
+                continue
             self._part(part, samples)
             done += len(samples)
             _progress(self.split, done, rows, len(self.models), time.monotonic() - started)
         if parts:
             _progress(self.split, done, rows, len(self.models), time.monotonic() - started, last=True)
 
-    def _read(self, part: int) -> list[dict[str, Any]]:
+    def _read(self, part: int) -> list[dict[str, Any]] | None:
+        """The samples of a part; None where nobody needs them any more."""
+        if not self._lacking(part):
+            return None
         samples = list(self.source.samples(self.split, part=(part, self.source.parts(self.split, PART))))
         for sample in samples:
             if tuple(sample["image"].shape[-2:]) != self.size:
@@ -154,7 +182,7 @@ class _Pass:
         return samples
 
     def _part(self, part: int, samples: list[dict[str, Any]]) -> None:
-        entries = [entry for entry, parts in self.waiting.items() if part in parts.missing()]
+        entries = self._lacking(part)
         if "" in entries:
             self.waiting[""].write(part, *_targets(samples, self.source, self.split), len(samples))
         found: dict[str, list[Arrays]] = {entry: [] for entry in entries if entry}
@@ -169,9 +197,8 @@ class _Pass:
                 for entry in mine:
                     own = entry == name
                     features = answer.features if own else answer.adaptors[entry.removeprefix(f"{name} > ")]
-                    arrays = _vectors(entry, features, want.spatial, some)
-                    if own and want.blocks:
-                        arrays |= _blocks(answer.blocks)
+                    arrays = _vectors(entry, features, want.spatial) | (_blocks(answer.blocks) if own else {})
+                    _check_finite(entry, arrays, some)
                     found[entry].append(arrays)
         for entry, batches in found.items():
             names = batches[0] if batches else {}
@@ -180,18 +207,19 @@ class _Pass:
             self.waiting[entry].write(part, joined, lists, len(samples))
 
 
-def _ahead(read: Any, parts: Sequence[int]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Parts with their samples, read in threads (decoders work outside of Python's lock) two parts ahead."""
-    queue: list[tuple[int, Future[list[dict[str, Any]]]]] = []
-    coming = iter(parts)
+def _ahead(
+    read: Callable[[int], list[dict[str, Any]] | None], parts: Sequence[int]
+) -> Iterator[tuple[int, list[dict[str, Any]] | None]]:
+    """Parts with their samples, two being read in threads (decoders work outside of Python's lock) beside the one."""
+    queue: deque[tuple[int, Future[list[dict[str, Any]] | None]]] = deque()
     with ThreadPoolExecutor(2) as pool:
-        for part in coming:
+        for part in parts:
             queue.append((part, pool.submit(read, part)))
-            if len(queue) < 2:
-                continue
-            ready, future = queue.pop(0)
-            yield ready, future.result()
-        for ready, future in queue:
+            if len(queue) > 2:
+                ready, future = queue.popleft()
+                yield ready, future.result()
+        while queue:
+            ready, future = queue.popleft()
             yield ready, future.result()
 
 
@@ -204,7 +232,7 @@ def _forward(want: Wanted, images: Tensor, name: str) -> Answer:
         raise UserError(f"model {name}: {err}; give the probes a size that fits") from err
 
 
-def _vectors(name: str, features: Features, spatial: bool, samples: Sequence[dict[str, Any]]) -> Arrays:
+def _vectors(name: str, features: Features, spatial: bool) -> Arrays:
     arrays: Arrays = {}
     if features.summary is not None:
         arrays["summary"] = features.summary.float().cpu().numpy()
@@ -217,21 +245,28 @@ def _vectors(name: str, features: Features, spatial: bool, samples: Sequence[dic
                     f"model {name}: feature maps reach {maps.abs().amax():.3g}, beyond float16; rescale them"
                 )
             arrays["spatial"] = maps.half().cpu().numpy()
-    for kind, array in arrays.items():
-        bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
-        if bad.any():
-            key = samples[int(bad.argmax())]["key"]
-            raise UserError(f"model {name}: {kind} features are not finite for sample {key}; is it trained?")
     return arrays
 
 
 def _blocks(blocks: Sequence[Features]) -> Arrays:
     """Vectors of the last blocks, where they have one width (a CNN's stages don't)."""
-    if len({x.spatial.shape[1:] for x in blocks if x.spatial is not None}) != 1 or len(blocks) < 2:
+    if len({block.spatial.shape[1:] for block in blocks if block.spatial is not None}) > 1:
         return {}
-    summaries = torch.stack([block.summary for block in blocks if block.summary is not None], 1)
-    means = torch.stack([block.spatial.mean((2, 3)) for block in blocks if block.spatial is not None], 1)
-    return {"block_summaries": summaries.float().cpu().numpy(), "block_means": means.float().cpu().numpy()}
+    summaries = [block.summary.float() for block in blocks if block.summary is not None]
+    means = [block.spatial.float().mean((2, 3)) for block in blocks if block.spatial is not None]
+    arrays: Arrays = {}
+    for name, vectors in (("block_summaries", summaries), ("block_means", means)):
+        if len(vectors) == len(blocks) > 1:
+            arrays[name] = torch.stack(vectors, 1).cpu().numpy()
+    return arrays
+
+
+def _check_finite(name: str, arrays: Arrays, samples: Sequence[dict[str, Any]]) -> None:
+    for kind, array in arrays.items():
+        bad = ~np.isfinite(array).reshape(len(array), -1).all(1)
+        if bad.any():
+            key = samples[int(bad.argmax())]["key"]
+            raise UserError(f"model {name}: {kind} features are not finite for sample {key}; is it trained?")
 
 
 def _targets(samples: Sequence[dict[str, Any]], source: Source, split: str) -> tuple[Arrays, dict[str, list[Any]]]:
@@ -266,25 +301,25 @@ def _label(sample: dict[str, Any], source: Source) -> int | list[int]:
             f"{source.root}: sample {sample['key']} has cls {label!r}; valid: one whole number from 0 on, or a list of "
             "such numbers"
         )
+    known = source.index.classes
+    if known and max(some, default=0) >= len(known):
+        raise UserError(
+            f"{source.root}: sample {sample['key']} has cls {label!r}; valid: 0 to {len(known) - 1}, for the "
+            f"{len(known)} classes that the index names; write it again"
+        )
     return [int(x) for x in some] if isinstance(label, list) else int(label)
 
 
-def _complete(place: Path, want: Wanted, *, own: bool) -> bool:
+def _complete(entry: str, place: Path, models: Mapping[str, Wanted], owners: Mapping[str, str]) -> bool:
+    """Whether all that is wanted of an entry ("" for the targets) is there."""
     meta = read_meta(place)
-    if meta is None:
-        return False
+    if meta is None or not entry:
+        return meta is not None
+    want = models[owners[entry]]
     # a model without maps has no mean either; one without blocks of one width has none however often it is asked
     maps = want.spatial and "mean" in meta["arrays"] and "spatial" not in meta["arrays"]
-    return not maps and not (own and want.blocks > meta["lists"].get("blocks", [want.blocks])[0])
-
-
-def _await(waiting: Mapping[str, Parts], patience: float = 3600.0) -> None:
-    """Until another process has joined the parts."""
-    until = time.monotonic() + patience
-    while any(read_meta(parts.place) is None for parts in waiting.values()):
-        if time.monotonic() > until:
-            raise UserError(f"features: rank 0 has not joined them within {patience:.0f} s; did it stop? run it again")
-        time.sleep(0.2)
+    blocks = entry in models and want.blocks > meta["lists"].get("blocks", [want.blocks])[0]
+    return not maps and not blocks
 
 
 def _load_features(place: Path, want: Wanted) -> FeatureSet:

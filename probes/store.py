@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 from agglom.errors import UserError
 
-VERSION = 2  # of what is stored; older folders are ignored
+VERSION = 3  # of what is stored; older folders are ignored
 LARGE = 2**26  # bytes; what is copied of mapped arrays in memory, and not on disk, is smaller
 
 
@@ -44,68 +45,102 @@ class Parts:
 
     def missing(self) -> list[int]:
         """Parts that are not there yet."""
-        return [part for part in range(self.number) if not self._file(part).is_file()]
+        return [part for part in range(self.number) if not self.has(part)]
+
+    def has(self, part: int) -> bool:
+        """Whether a part is there."""
+        return self._file(part).is_file()
 
     def write(self, part: int, arrays: Mapping[str, np.ndarray], lists: Mapping[str, list[Any]], rows: int) -> None:
-        """One part, atomically; of two processes that write the same one, the later wins with the same content."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """One part, atomically; of two processes that write the same one, the later wins with the same content.
+
+        Raises:
+            UserError: it can't be written.
+        """
         scratch = self._file(part).with_suffix(f".{os.getpid()}.tmp")
-        meta = {"rows": str(rows), "lists": json.dumps(lists)}
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, scratch, metadata=meta)
-        os.replace(scratch, self._file(part))
+        kinds = {name: [array.dtype.str, array.shape[1:]] for name, array in arrays.items()}
+        meta = {"rows": str(rows), "lists": json.dumps(lists), "kinds": json.dumps(kinds)}
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, scratch, metadata=meta)
+            os.replace(scratch, self._file(part))
 
     def join(self) -> None:
         """All parts into one file an array; the parts are removed.
 
         Raises:
-            UserError: a part can't be read, or arrays of different shapes.
+            UserError: a part can't be read (that one is removed), arrays of different shapes, or no place to write.
         """
-        counts: list[int] = []
-        lists: dict[str, list[Any]] = {}
+        rows, kinds, lists = self._survey()
         scratch = self.place.parent / f".joined-{os.getpid()}-{self.place.name}"
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
         try:
-            shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-            for part in range(self.number):
-                with safe_open(self._file(part), "numpy") as stored:
-                    counts.append(int(stored.metadata()["rows"]))
-                    for name, values in json.loads(stored.metadata()["lists"]).items():
-                        lists.setdefault(name, []).extend(values)
-                    for name in stored.keys():  # noqa: SIM118  it isn't a dict
-                        array = stored.get_tensor(name)
-                        here = (array.shape[1:], array.dtype)
-                        if shapes.setdefault(name, here) != here:
-                            raise UserError(f"{self.place.name}: {name} of shape {here[0]} after {shapes[name][0]}")
-            for name, (shape, dtype) in shapes.items():
-                out = np.lib.format.open_memmap(
-                    scratch / f"{name}.npy", mode="w+", dtype=dtype, shape=(sum(counts), *shape)
-                )
-                start = 0
-                for part, count in enumerate(counts):
-                    if count:
-                        with safe_open(self._file(part), "numpy") as stored:
-                            out[start : start + count] = stored.get_tensor(name)
-                    start += count
-                out.flush()
-        except (SafetensorError, OSError) as err:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise UserError(f"{self.folder}: a part is broken ({err}); removed, run it again") from err
-        meta = {"version": VERSION, "rows": sum(counts), "arrays": sorted(shapes), "lists": lists}
-        (scratch / "meta.json").write_text(json.dumps(meta))
-        shutil.rmtree(self.place, ignore_errors=True)  # complete, but without something that is wanted now
-        os.replace(scratch, self.place)
+            with _writing(scratch):
+                scratch.mkdir()
+                for name, (dtype, shape) in kinds.items():
+                    with open(scratch / f"{name}.npy", "wb") as stream:
+                        head = {"descr": dtype, "fortran_order": False, "shape": (rows, *shape)}
+                        np.lib.format.write_array_header_1_0(stream, head)
+                        for part in range(self.number):
+                            stream.write(self._rows(part, name))
+                meta = {"version": VERSION, "rows": rows, "arrays": sorted(kinds), "lists": lists}
+                (scratch / "meta.json").write_text(json.dumps(meta))
+                shutil.rmtree(self.place, ignore_errors=True)  # complete, but without something that is wanted now
+                os.replace(scratch, self.place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _survey(self) -> tuple[int, dict[str, Any], dict[str, list[Any]]]:
+        """Rows of all parts, name -> (dtype, shape of a row) of the arrays, and the lists."""
+        rows = 0
+        kinds: dict[str, Any] = {}
+        lists: dict[str, list[Any]] = {}
+        for part in range(self.number):
+            with self._reading(part), safe_open(self._file(part), "numpy") as stored:
+                said = {key: json.loads(value) for key, value in stored.metadata().items()}
+                rows += said["rows"]
+                here, more = said["kinds"], said["lists"]
+            for name, values in more.items():
+                lists.setdefault(name, []).extend(values)
+            for name, kind in here.items():
+                if kinds.setdefault(name, kind) != kind:
+                    raise UserError(
+                        f"{self.place.name}: {name} of {kind} after {kinds[name]}; is the model's output fixed?"
+                    )
+        return rows, kinds, lists
+
+    def _rows(self, part: int, name: str) -> bytes:
+        """An array of a part; nothing where the part has no rows."""
+        with self._reading(part), safe_open(self._file(part), "numpy") as stored:
+            return stored.get_tensor(name).tobytes() if name in stored.keys() else b""  # noqa: SIM118  it isn't a dict
+
+    @contextmanager
+    def _reading(self, part: int) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as err:
+            self._file(part).unlink(missing_ok=True)
+            raise UserError(f"{self._file(part)}: is broken ({err}); removed, run it again to make it anew") from err
 
     def _file(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.safetensors"
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        raise UserError(f"{place}: can't be written ({err}); make room there or choose another folder") from err
 
 
 def read_meta(place: Path) -> dict[str, Any] | None:
     """What a complete folder says of itself, or None."""
     try:
         meta = json.loads((place / "meta.json").read_text())
-        return meta if meta["version"] == VERSION else None
+        there = all((place / f"{name}.npy").is_file() for name in meta["arrays"])
+        return meta if there and meta["version"] == VERSION else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
