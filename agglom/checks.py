@@ -12,6 +12,7 @@ from typing import Any, Iterator
 
 import yaml
 
+from agglom.cache.check import cache_problems
 from agglom.errors import UserError, brief, nearest
 from agglom.plan import Partition, Stage
 from agglom.plan import problems as plan_problems
@@ -155,6 +156,7 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     yield from _memory(model, data)
     yield from _shards(data, trainer)
     stages = _read_stages(config.get("stages"))
+    yield from cache_problems(config, stages=any(part.size or part.resolutions for s in stages for part in s.parts()))
     yield from _plan(stages, model, data, trainer)
     yield from _objectives(model, trainer)
     yield from _strategy(stages, model, trainer)

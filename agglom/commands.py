@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Literal, Sequence
 
 from agglom.errors import UserError
 
@@ -234,6 +234,43 @@ def data_csv(
             test_fraction=test,
             language=language,
             writing=Writing(shard_size=shard_size, licence=licence, overwrite=overwrite),
+        )
+    )
+
+
+def cache(
+    config: str,
+    out: str,
+    views: int = 1,
+    dtype: Literal["bf16", "fp16", "fp32", "int8"] = "bf16",
+    pool: int = 1,
+    teachers: str | None = None,
+    batch: int = 64,
+    device: str = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Run a configuration's teachers over its shards once, and keep what they say of each view.
+
+    `agglom fit --config CONFIG --data.cache OUT` then trains from it. A killed run is continued by running it again;
+    under torchrun or SLURM every process does its share of the shards.
+
+    Args:
+        config: YAML of the training, with `model.teachers` and `data`.
+        out: folder of the cache.
+        views: random views of each training image; other splits have the centred one.
+        dtype: of what is stored; int8 has one scale a channel.
+        pool: average so many by so many cells of each map into one, to save disk.
+        teachers: names of the teachers to cache, separated by commas; left out: all.
+        batch: views a forward pass.
+        device: where the teachers run, such as cuda or cuda:1; auto: an accelerator where there is one.
+        dry_run: only print what it will take, from a timed sample.
+    """
+    from agglom.cache.command import cache_teachers
+
+    names = None if teachers is None else [name.strip() for name in teachers.split(",") if name.strip()]
+    print(
+        cache_teachers(
+            config, Path(out), views=views, dtype=dtype, pool=pool, names=names, batch=batch, device=device, dry=dry_run
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Sequence, cast
+from typing import Any, Callable, Mapping, Sequence, cast
 
 import lightning.pytorch as pl
 import torch
@@ -41,7 +41,7 @@ from agglom.shifts import ShiftOptions
 from agglom.students import Student, attend_plainly
 from agglom.targets import Memory, Standardize
 from agglom.targets.moments import Statistics
-from agglom.teachers import Teacher
+from agglom.teachers import CachedTeacher, Teacher
 
 log = logging.getLogger("agglom.fit")
 
@@ -199,7 +199,12 @@ class Distiller(pl.LightningModule):
         return Frames(images, self.student.input, resolution=resolution, shift=shift, key=key)
 
     def targets(
-        self, frames: Frames, names: Sequence[str], others: Sequence[str] = (), keys: Sequence[str] = ()
+        self,
+        frames: Frames,
+        names: Sequence[str],
+        others: Sequence[str] = (),
+        keys: Sequence[str] = (),
+        cached: Mapping[str, Any] | None = None,
     ) -> dict[str, Features]:
         """Each teacher's normalised features of its view, without gradient.
 
@@ -208,6 +213,7 @@ class Distiller(pl.LightningModule):
             names: the teachers that look.
             others: teachers that look on another rank in this very step: they take part in the statistics here.
             keys: identify the images where teachers are remembered; validation images must have others than training's.
+            cached: the batch, where it brings `features` of some teachers.
         """
         resolution = sides(frames.student)
         grid = self.student.input.grid(resolution)
@@ -217,7 +223,9 @@ class Distiller(pl.LightningModule):
             if name not in names:
                 return nothing(encoder, frames.student)
             run: Any = encoder
-            if self.memories:  # the views never change, so neither do the features
+            if cached and name in cached.get("features", ()) and isinstance(encoder, CachedTeacher):
+                run = partial(encoder.recall, features=cached["features"][name], there=cached["cached"])
+            elif self.memories:  # the views never change, so neither do the features
                 run = partial(self.memories[name].features, encoder, keys=keys)
             view, mosaic = frames.view(name), self.mosaics[name]
             return look(run, encoder.input, view, resolution=resolution, grid=grid, mosaic=mosaic)
@@ -239,7 +247,7 @@ class Distiller(pl.LightningModule):
         key = (place.step, batch_idx, self.global_rank) if training else ()
         frames = self.frames(images, batch.get("part") if training else None, key)
         keys = [f"{kind}/{key}" for key in batch["key"]] if self.memories else ()
-        targets = self.targets(frames, place.names, place.others, keys)
+        targets = self.targets(frames, place.names, place.others, keys, batch)
         with torch.no_grad() if place.frozen else nullcontext():
             student = self.student(frames.student, self.taps)
         losses = self.losses(student, targets, {name: frames.offset(name) for name in targets})

@@ -175,6 +175,13 @@ def resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     return F.interpolate(images, tuple(size), mode=interpolation, antialias=True).clamp(0, 1)
 
 
+def pooled(features: Features, cells: int) -> Features:
+    """The same with `cells` x `cells` cells of the map averaged into one."""
+    if cells == 1 or features.spatial is None:
+        return features
+    return Features(features.summary, F.avg_pool2d(features.spatial, cells))
+
+
 def align(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
     """Bring a feature map (B, C, H, W) to another grid by bilinear interpolation (antialiased when it shrinks).
 

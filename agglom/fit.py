@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
+from agglom.cache.check import cached_teachers
 from agglom.callbacks import RunCSVLogger, RunDirectory, Stopped, TrainingProgress, checkpoint_path, drop_rows_after
 from agglom.checks import Invalid, check_config, locate
 from agglom.data import ShardDataModule
@@ -59,10 +60,15 @@ class FitCLI(LightningCLI):
             raise Invalid(check_config(stated(args[1:])[0]) or [brief(err, 400)]) from err
 
     def before_instantiate_classes(self) -> None:
-        problems = check_config(yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"])
+        plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
+        problems = check_config(plain)
         if problems:
             raise Invalid(problems)
         config = self.config.fit
+        for name, entry in cached_teachers(plain).items():  # not built at all: their weights stay where they are
+            config.model.teachers[name].encoder = Namespace(
+                class_path=entry["class_path"], init_args=Namespace(**entry["init_args"])
+            )
         self.root = Path(config.trainer.default_root_dir or "runs/default")
         if config.ckpt_path == "last":
             config.ckpt_path = str(checkpoint_path(self.root))

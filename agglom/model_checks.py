@@ -31,7 +31,7 @@ def section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 def model_problems(model: dict[str, Any], data: dict[str, Any], stages: list[Stage]) -> Iterator[str]:
     """Shapes of student and teachers on the meta device: divisibility, missing summaries, tokens, taps, mosaics."""
-    student, lines = _on_meta(model.get("student"), Student)
+    student, lines = on_meta(model.get("student"), Student)
     yield from (f"model.student: {line}" if not line.startswith("student") else f"model.{line}" for line in lines)
     resolutions = list(_resolutions(data, stages))
     if student is not None:
@@ -47,7 +47,7 @@ def model_problems(model: dict[str, Any], data: dict[str, Any], stages: list[Sta
             continue
         if not isinstance(entry, dict):
             continue
-        encoder, lines = _on_meta(entry.get("encoder"), Teacher)
+        encoder, lines = on_meta(entry.get("encoder"), Teacher)
         yield from (f"model.teachers.{name}.encoder: {line}" for line in lines)
         if encoder is None:
             continue
@@ -147,10 +147,11 @@ def _needs(student: Any, model: dict[str, Any], data: dict[str, Any]) -> Iterato
         key, given = f"model.objectives.{name}", entry.get("init_args") or {}
         build: Any = cls
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        for option in {"encoder", "text"} & set(given):
-            given[option], lines = _on_meta(given[option], Teacher)
+        frozen = [option for option in ("encoder", "text") if option in given]
+        for option in frozen:
+            given[option], lines = on_meta(given[option], Teacher)
             yield from (f"{key}.init_args.{option}: {line}" for line in lines)
-        if any(given.get(option, True) is None for option in ("encoder", "text")):
+        if any(given[option] is None for option in frozen):
             continue
         try:
             with torch.device("meta"):
@@ -238,7 +239,7 @@ def _balance(entry: Any, teachers: dict[str, Any], data: dict[str, Any]) -> Iter
         )
 
 
-def _on_meta(entry: Any, base: type) -> tuple[Any, list[str]]:
+def on_meta(entry: Any, base: type) -> tuple[Any, list[str]]:
     """An object built without weights, or None with what keeps it from that (nothing if it is known already)."""
     if isinstance(entry, str):
         entry = {"class_path": entry}

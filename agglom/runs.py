@@ -11,7 +11,7 @@ import yaml
 from agglom.errors import UserError, nearest
 from agglom.export import Exported, load
 from agglom.features import Backbone
-from agglom.teachers import Teacher, from_ref
+from agglom.teachers import CachedTeacher, Teacher, from_ref
 
 if TYPE_CHECKING:
     from agglom.distiller import Distiller
@@ -62,7 +62,8 @@ def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:
     built = {}
     for name, entry in config["model"]["teachers"].items():
         parsed = parser.parse_object({"encoder": entry["encoder"]})
-        built[name] = parser.instantiate(parsed).encoder
+        encoder = parser.instantiate(parsed).encoder
+        built[name] = encoder.original() if isinstance(encoder, CachedTeacher) else encoder
     return built
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agglom.teachers.base import Teacher as Teacher
     from agglom.teachers.base import on_meta as on_meta
+    from agglom.teachers.cached import CachedTeacher as CachedTeacher
     from agglom.teachers.open_clip import OpenClipTeacher as OpenClipTeacher
     from agglom.teachers.provenance import compare as compare
     from agglom.teachers.provenance import fingerprint as fingerprint
@@ -27,6 +28,7 @@ _HOMES = {
     "SamTeacher": "sam",
     "TorchTeacher": "torch_module",
     "TinyTeacher": "tiny",
+    "CachedTeacher": "cached",
     "from_ref": "refs",
     "fingerprint": "provenance",
     "manifest": "provenance",

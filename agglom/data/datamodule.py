@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
@@ -12,7 +12,7 @@ from agglom.data.crops import CropOptions, MultiCrop
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
 from agglom.data.samples import check_fields
-from agglom.data.streams import TrainStream, train_stream
+from agglom.data.streams import Cached, TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
 from agglom.errors import UserError
 from agglom.plan import Plan, Stage, slot
@@ -61,6 +61,11 @@ class ShardDataModule(LightningDataModule):
             (`model.shift`).
         crops: further crops of training images, for self-distillation; null for none. They are drawn apart from `view`,
             which stays the same with and without them.
+        cache: feature cache (`agglom cache`) that holds what teachers say of the training images; null for none. Views
+            are then drawn among those that it has, and a batch has their `features` (teacher -> summary, spatial) and
+            `cached` (bool a sample).
+        cache_missing: what to do with an image whose features are missing, stale or damaged: stop with an "error", or
+            "recompute" them with the teacher itself (counted).
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class ShardDataModule(LightningDataModule):
         stages: list[Stage] | None = None,
         margin: int = 0,
         crops: CropOptions | None = None,
+        cache: str | None = None,
+        cache_missing: Literal["error", "recompute"] = "error",
     ) -> None:
         super().__init__()
         limits = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "seed": (seed, 0)}
@@ -98,6 +105,7 @@ class ShardDataModule(LightningDataModule):
         if crops is not None and "image" not in self.fields:
             raise UserError(f"data.fields: {list(self.fields)}; valid: with image, as data.crops needs it; add it")
         self.crops = None if crops is None else MultiCrop(crops)
+        self.cache, self.cache_missing = cache, cache_missing
         self.index: Index | None = None
         self._stream: TrainStream | None = None
         self._samples_before = 0  # when the batches were this many:
@@ -133,6 +141,7 @@ class ShardDataModule(LightningDataModule):
             max_bad_fraction=self.max_bad_fraction,
             start=self.samples_seen,
         )
+        self._stream.cached = self._cached(self.train_split)
         return Loader(
             Batches(
                 self._stream,
@@ -162,7 +171,17 @@ class ShardDataModule(LightningDataModule):
             limit=self.val_samples,
             max_bad_fraction=self.max_bad_fraction,
             pin_memory=self._accelerated(),
+            cached=self._cached(self.val_split),
         )
+
+    def _cached(self, split: str) -> Cached | None:
+        """Where a split's features come from, None where the cache has none of it."""
+        if self.cache is None:
+            return None
+        from agglom.cache import FeatureReader, read_cache_index
+
+        reader = FeatureReader(read_cache_index(self.cache))
+        return reader.drawn(split, recompute=self.cache_missing == "recompute") if reader.views(split) else None
 
     @property
     def world_size(self) -> int:
@@ -209,6 +228,11 @@ class ShardDataModule(LightningDataModule):
     def bad_samples(self) -> int:
         """Training samples that this rank's workers skipped because they could not be read, since the last start."""
         return self._stream.bad if self._stream else 0
+
+    @property
+    def uncached_samples(self) -> int:
+        """Training samples of this rank without usable features in the cache, since the last start."""
+        return self._stream.uncached if self._stream else 0
 
     def state_dict(self) -> dict[str, Any]:
         """How far training is."""

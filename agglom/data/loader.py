@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from agglom.data.batches import Batches
 from agglom.data.index import Index
 from agglom.data.samples import collate
-from agglom.data.streams import Stream, TrainStream, eval_stream
+from agglom.data.streams import Cached, Stream, TrainStream, eval_stream
 from agglom.data.views import View
 from agglom.errors import UserError
 
@@ -116,9 +116,11 @@ def eval_loader(
     limit: int | None = None,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
+    cached: Cached | None = None,
 ) -> Loader:
     """Batches (see `collate`) of `eval_stream`: what a probe or a validation reads."""
     stream = eval_stream(
         root, split, fields=fields, transform=transform, limit=limit, max_bad_fraction=max_bad_fraction
     )
+    stream.cached = cached
     return Loader(stream, batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)

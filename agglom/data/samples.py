@@ -56,6 +56,11 @@ def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, An
     return sample
 
 
+def image_bytes(raw: Mapping[str, Any]) -> bytes:
+    """The encoded image of a sample as webdataset groups it."""
+    return next(raw[extension] for extension in EXTENSIONS["image"] if extension in raw)
+
+
 def decode_image(data: bytes) -> Tensor:
     """Encoded image -> uint8 (3, H, W) RGB: upright by its EXIF tag, transparency over white, 16 bits brought to 8."""
     with _open(data) as image:

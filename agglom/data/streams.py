@@ -16,10 +16,11 @@ import logging
 import os
 import random
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle as shuffle_buffer
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -27,13 +28,18 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from agglom.data.crops import MultiCrop
 from agglom.data.index import Index, ShardInfo, open_read, read_index
 from agglom.data.samples import check_fields, decode_sample
-from agglom.data.views import View
+from agglom.data.views import View, Window
 from agglom.errors import UserError
 
 log = logging.getLogger("agglom.data")
 
 MAX_WORKERS = 256  # rows of the table of counts
 SHOWN = 3  # reports of bad samples that a worker makes before it only counts
+
+
+# an encoded sample and a generator -> the window of one of its cached views and that view's features; None and zeros
+# where it has none
+Cached = Callable[[Mapping[str, Any], "torch.Generator | None"], "tuple[Window | None, dict[str, dict[str, Tensor]]]"]
 
 
 class Slot(NamedTuple):
@@ -137,8 +143,9 @@ class Stream(IterableDataset):
         self.total = sum(shard.count for shard in self.shards)
         if not self.total:
             raise UserError(f"{self.index.root}: split {split!r} has no samples")
-        # a row a worker: samples read, samples bad, reports made of them
-        self._counts = torch.zeros(MAX_WORKERS, 3, dtype=torch.int64).share_memory_()
+        # a row a worker: samples read, samples bad, reports made of them, samples without cached features
+        self._counts = torch.zeros(MAX_WORKERS, 4, dtype=torch.int64).share_memory_()
+        self.cached: Cached | None = None
 
     @property
     def seen(self) -> int:
@@ -149,6 +156,11 @@ class Stream(IterableDataset):
     def bad(self) -> int:
         """Samples that this rank's workers had to skip."""
         return int(self._counts[:, 1].sum())
+
+    @property
+    def uncached(self) -> int:
+        """Samples whose cached features were missing or stale."""
+        return int(self._counts[:, 3].sum())
 
     def slot(self) -> Slot:
         """This process's place among all readers."""
@@ -191,13 +203,22 @@ class Stream(IterableDataset):
         self._counts[slot.worker % MAX_WORKERS, 0] += 1
         return sample
 
-    def _view(self, sample: dict[str, Any], generator: torch.Generator | None) -> dict[str, Any]:
-        return self.transform.sample(sample, generator) if self.transform else sample
+    def _view(
+        self, sample: dict[str, Any], raw: dict[str, Any], slot: Slot, generator: torch.Generator | None
+    ) -> dict[str, Any]:
+        if self.transform is None:
+            return sample
+        if self.cached is None:
+            return self.transform.sample(sample, generator)
+        window, features = self.cached(raw, generator)
+        if window is None:
+            self._counts[slot.worker % MAX_WORKERS, 3] += 1
+        return {**self.transform.sample(sample, generator, window), "features": features, "cached": window is not None}
 
     def _account(self, slot: Slot, number: int, reason: str) -> None:
         row = self._counts[slot.worker % MAX_WORKERS]
-        row += torch.tensor([number, number, 1])
-        seen, bad, reports = row.tolist()
+        row += torch.tensor([number, number, 1, 0])
+        seen, bad, reports, _ = row.tolist()
         reason = " ".join(reason.split())
         if bad > self.max_bad_fraction * max(seen, self.total / slot.total):
             raise UserError(
@@ -257,7 +278,7 @@ class TrainStream(Stream):
             if (sample := self._decode(raw, slot)) is None:
                 continue
             crops = {"crops": self.crops(sample["image"], crop_generator)} if self.crops else {}
-            yield {**self._view(sample, generator), **crops}
+            yield {**self._view(sample, raw, slot, generator), **crops}
 
     def _endless(self, slot: Slot, here: list[int]) -> Iterator[dict[str, Any]]:
         number = 0
@@ -292,6 +313,11 @@ class EvalStream(Stream):
         self.total = min(self.total, limit or self.total)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _, sample in self.pairs():
+            yield sample
+
+    def pairs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each sample as it is stored and as it is seen."""
         slot = self.slot()
         begin, end = (self.total * n // slot.total for n in (slot.number, slot.number + 1))
         offset = 0  # of the shard's first sample
@@ -304,5 +330,5 @@ class EvalStream(Stream):
             position = -1
             for position, raw in enumerate(self._raw(shard, stop, damage)):
                 if position >= first and (sample := self._decode(raw, slot)) is not None:
-                    yield self._view(sample, None)
+                    yield raw, self._view(sample, raw, slot, None)
             self._short(slot, shard, stop - max(first, position + 1), damage)

@@ -48,15 +48,27 @@ class View:
         """uint8 (3, H, W) -> uint8 (3, size, size). Draws from `generator`, or from torch's global one."""
         return self._image(image, self.window(image.shape[-2], image.shape[-1], generator))
 
-    def sample(self, sample: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
-        """The same for a decoded sample: `image`, `seg` (nearest neighbour) and `boxes` stay on top of each other."""
+    def cut(self, image: Tensor, window: Window) -> Tensor:
+        """The same of a window that was drawn before, bit for bit: uint8 (3, H, W) -> uint8 (3, size, size)."""
+        return self._image(image, window)
+
+    def sample(
+        self, sample: Mapping[str, Any], generator: torch.Generator | None = None, window: Window | None = None
+    ) -> dict[str, Any]:
+        """The same for a decoded sample: `image`, `seg` (nearest neighbour) and `boxes` stay on top of each other.
+
+        Args:
+            sample: its fields.
+            generator: to draw the window from.
+            window: one that was drawn before; nothing is drawn then.
+        """
         out = dict(sample)
         pixels = sample.get("image", sample.get("seg"))
         if pixels is None:
             if "boxes" in sample:
                 raise UserError("fields: a view of 'boxes' needs 'image' or 'seg' too, for its size")
             return out
-        window = self.window(pixels.shape[-2], pixels.shape[-1], generator)
+        window = window or self.window(pixels.shape[-2], pixels.shape[-1], generator)
         if "image" in sample:
             out["image"] = self._image(sample["image"], window)
         if "seg" in sample:

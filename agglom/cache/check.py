@@ -1,0 +1,130 @@
+"""Whether a run may read its teachers' features from a cache: what would have changed since."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, Iterator, Mapping
+
+from agglom.cache.layout import CacheIndex, read_cache_index
+from agglom.errors import UserError, nearest
+from agglom.schema import find_class
+from agglom.teachers import Teacher
+
+CACHED = "agglom.teachers.CachedTeacher"
+
+
+def cached_teachers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The teachers of a configuration that its cache holds: name -> the encoder entry that reads them.
+
+    Args:
+        config: with `model.teachers` and `data.cache`, as plain data.
+
+    Raises:
+        UserError: there is no such cache.
+    """
+    root = (config.get("data") or {}).get("cache")
+    teachers = (config.get("model") or {}).get("teachers") or {}
+    if root is None:
+        return {}
+    index = read_cache_index(root)
+    return {
+        name: {"class_path": CACHED, "init_args": {"cache": root, "name": name}}
+        for name in teachers
+        if name in index.teachers
+    }
+
+
+def cache_problems(config: Mapping[str, Any], stages: bool) -> Iterator[str]:
+    """What keeps a run from its cache, a line each with full keys.
+
+    Args:
+        config: the whole configuration as plain data.
+        stages: whether any stage changes what the images look like.
+    """
+    data, model = (config.get(key) or {} for key in ("data", "model"))
+    root = data.get("cache")
+    if not isinstance(root, str):
+        return
+    try:
+        index = read_cache_index(root)
+    except UserError as err:
+        yield f"data.cache: {err}"
+        return
+    view = {"scale": [0.4, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5} | dict(data.get("view") or {})
+    split = data.get("train_split", "train")
+    facts = {
+        "data.size": (data.get("size"), index.size),
+        **{f"data.view.{key}": (_plain(view[key]), _plain(index.view[key])) for key in index.view},
+        "data.train_split": (split, next(iter(index.splits))),
+        "data.margin": (data.get("margin", 0), 0),
+    }
+    for key, (here, there) in facts.items():
+        if here != there:
+            yield f"{key}: {here}, but the features of data.cache {root} are of {there}; valid: {there}; change one"
+    if model.get("shift"):
+        yield "model.shift: set, but cached features are of unshifted views; valid: null; remove it or data.cache"
+    if stages:
+        yield "stages: with sizes, but cached features are of data.size; valid: without; remove them or data.cache"
+    if model.get("remember_teachers") is True:
+        yield "model.remember_teachers: true, but data.cache remembers them already; valid: false; remove one"
+    yield from _teachers(index, model.get("teachers") or {}, data.get("data"))
+
+
+def _teachers(index: CacheIndex, teachers: Mapping[str, Any], data: Any) -> Iterator[str]:
+    found = [name for name in teachers if name in index.teachers]
+    if teachers and not found:
+        yield (
+            f"data.cache: {index.root} holds features of {', '.join(index.teachers)}, and the run has none of them; "
+            f"{nearest(next(iter(teachers)), index.teachers)}; change one"
+        )
+    for name in found:
+        key, entry = f"model.teachers.{name}", teachers[name] or {}
+        if entry.get("mosaic") is True:
+            yield f"{key}.mosaic: true, but its cached features are of single images; valid: false; change it"
+        encoder = entry.get("encoder")
+        if isinstance(encoder, dict) and encoder.get("class_path") != CACHED:
+            here = {"class_path": encoder.get("class_path"), "init_args": encoder.get("init_args") or {}}
+            there = {key: index.teachers[name][key] for key in ("class_path", "init_args")}
+            if _stated(here) != _stated(there):
+                yield (
+                    f"{key}.encoder: {_stated(here)}, but the cached features are of {_stated(there)}; valid: the "
+                    f"same; change it, or cache it under another name"
+                )
+    if lines := index.missing():
+        first = f"{len(lines)} shards without features, first {lines[0]}"
+        yield f"data.cache: {index.root}: {first}; valid: all of them; run agglom cache again"
+    for name in data_shards(data, index):
+        yield f"data.data: shard {name} is not in data.cache {index.root}; write the cache again"
+        break
+
+
+def data_shards(data: Any, index: CacheIndex) -> list[str]:
+    """Shards of the run's data that the cache doesn't know."""
+    from agglom.data import read_index
+
+    try:
+        shards = read_index(data)
+    except (UserError, TypeError):
+        return []  # said elsewhere
+    return [
+        shard.file
+        for split, names in index.splits.items()
+        if split in shards.splits
+        for shard in shards.shards(split)
+        if shard.count and shard.file not in names
+    ]
+
+
+def _stated(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Class and options, without those that are the class's defaults."""
+    options = _plain(entry.get("init_args") or {})
+    cls = find_class(str(entry.get("class_path")), Teacher)
+    known = signature(cls).parameters if cls is not None else {}
+    options = {k: v for k, v in options.items() if k not in known or v != _plain(known[k].default)}
+    return {"class_path": str(entry.get("class_path")).rpartition(".")[2], "init_args": options}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
