@@ -95,6 +95,7 @@ class DetectionBackbone(nn.Module):
         UserError: the model has no feature map.
     """
 
+    model: Backbone
     strides: list[int]
 
     def __init__(self, model: Backbone, *, channels: int = 256, pool: bool = True) -> None:

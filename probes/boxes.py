@@ -85,32 +85,27 @@ def example(row: int, sample: Mapping[str, Any], canvas: tuple[int, int], classe
     image = torch.as_tensor(sample["image"])
     size = image.shape[1], image.shape[2]
     scale = min(side / own for side, own in zip(canvas, size, strict=True))
-    inside = tuple(min(c, max(1, round(own * scale))) for c, own in zip(canvas, size, strict=True))
-    if inside != size:
-        image = resize(image[None].float() / 255, inside, "bilinear")[0].mul(255).round().to(torch.uint8)
+    height, width = (min(side, max(1, round(own * scale))) for side, own in zip(canvas, size, strict=True))
+    if (height, width) != size:
+        image = resize(image[None].float() / 255, (height, width), "bilinear")[0].mul(255).round().to(torch.uint8)
     return Example(row, sample["key"], size, image, truth_of(sample["key"], sample["boxes"], size, classes))
 
 
 def truth_of(key: str, boxes: Sequence[Mapping[str, Any]], size: tuple[int, int], classes: int) -> Truth:
     """A sample's `boxes` field as arrays; see `example`."""
     for box in boxes:
+        wrong = f"sample {key}: box {box!r}"
         try:
             x, y, width, height = (float(v) for v in box["bbox"])
             label = box["label"]
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"sample {key}: box {box!r}; valid: bbox [x, y, width, height] in pixels, label, iscrowd; write it again"
-            ) from None
+            raise UserError(f"{wrong}; valid: bbox [x, y, width, height] in pixels, label, iscrowd; write it") from None
         if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0:
-            raise UserError(
-                f"sample {key}: bbox {box['bbox']}; valid: a width and a height above 0; leave such boxes out"
-            )
+            raise UserError(f"{wrong}; valid: a width and a height above 0; leave such boxes out")
         if x < -SLACK or y < -SLACK or x + width > size[1] + SLACK or y + height > size[0] + SLACK:
-            raise UserError(
-                f"sample {key}: bbox {box['bbox']} reaches beyond its image of {size[1]} x {size[0]} pixels; clip it"
-            )
+            raise UserError(f"{wrong} reaches beyond its image of {size[1]} x {size[0]} pixels; clip it")
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
-            raise UserError(f"sample {key}: box with label {label!r}; valid: 0 to {classes - 1}")
+            raise UserError(f"{wrong}; valid: labels 0 to {classes - 1}")
     return Truth(
         np.array([box["bbox"] for box in boxes], np.float64).reshape(-1, 4),
         np.array([box["label"] for box in boxes], np.int64),

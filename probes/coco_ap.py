@@ -62,7 +62,7 @@ def coco_metrics(truth: Sequence[Truth], found: Sequence[Found]) -> dict[str, fl
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    labels = [int(x) for image in (*truth, *found) for x in image.labels]
+    labels = np.concatenate([image.labels for images in (truth, found) for image in images])
     objects = [
         {"image_id": i, "category_id": int(label), "bbox": box.tolist(), "area": float(box[2] * box[3]),
          "iscrowd": int(crowd)}
@@ -76,7 +76,7 @@ def coco_metrics(truth: Sequence[Truth], found: Sequence[Found]) -> dict[str, fl
     if not any(not entry["iscrowd"] for entry in objects):
         return dict.fromkeys(METRICS, float("nan"))
     images = [{"id": i} for i in range(1, len(truth) + 1)]
-    categories = [{"id": label, "name": str(label)} for label in sorted(set(labels))]
+    categories = [{"id": label, "name": str(label)} for label in np.unique(labels).tolist()]
 
     def dataset(entries: list[dict[str, object]]) -> COCO:
         numbered = [{"id": n, **entry} for n, entry in enumerate(entries, 1)]

@@ -1,8 +1,9 @@
-"""Detection on a frozen backbone: a feature pyramid and a detector of torchvision are trained, COCO's AP is measured."""
+"""Detection on a frozen backbone: a feature pyramid and a detector of torchvision are trained, COCO's AP measured."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, Iterator, Sequence
 
 import numpy as np
@@ -141,13 +142,7 @@ class _Task:
             detector, offset = build_detector(probe.detector, backbone, self.classes, convs=probe.convs)
             detector.to(device).train()
             optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=probe.weight_decay)
-            warm = max(1, probe.steps // 10)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer,
-                lambda s: min(
-                    (s + 1) / warm, 0.5 + 0.5 * np.cos(np.pi * max(0, s - warm) / max(1, probe.steps - warm))
-                ),
-            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, probe.steps))
             losses = torch.zeros(probe.steps, device=device)
             for step in range(probe.steps):
                 some = [x.mirrored() if rng.random() < 0.5 else x for x in itertools.islice(drawn, probe.batch)]
@@ -214,6 +209,7 @@ class Remembering(DetectionBackbone):
     """
 
     keys: Sequence[Any] | None = None
+    kept: dict[Any, tuple[Tensor, ...]]
 
     def __init__(self, model: Backbone, *, channels: int, pool: bool) -> None:
         self.__dict__["kept"] = {}
@@ -235,6 +231,12 @@ class Remembering(DetectionBackbone):
         """Training is over."""
         self.kept.clear()
         self.keys = None
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a linear warm-up over a tenth of the steps, then a cosine to 0."""
+    warm = max(1, steps // 10)
+    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
 
 
 def _shown(key: str, size: tuple[int, int], truth: Truth, found: Found) -> dict[str, Any]:
