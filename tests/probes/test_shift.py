@@ -11,7 +11,7 @@ from agglom.features import Features, InputSpec
 from agglom.probes.shift import shift_errors
 
 WHOLE = [(8, 0), (0, 8), (-8, 0), (0, -16), (8, -8)]
-HALF = [(4, 0), (0, -4), (-4, 12)]
+PARTS = [(4, 0), (0, -4), (-4, 12), (2, -6)]
 
 
 def model(function):
@@ -38,9 +38,9 @@ def test_a_map_that_follows_has_no_error():
     means = model(lambda x: F.avg_pool2d(x, 8))
     noise = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(0))
     assert shift_errors(means, noise, WHOLE).abs().max() < 1e-5
-    assert shift_errors(means, noise, HALF).min() > 0.3, "half a cell of noise can't be interpolated"
-    found = shift_errors(means, ramp(3), WHOLE + HALF)
-    assert found.shape == (8, 3) and found.abs().max() < 1e-5, "mirrored pixels count nowhere"
+    assert shift_errors(means, noise, PARTS).min() > 0.3, "a part of a cell of noise can't be interpolated"
+    found = shift_errors(means, ramp(3), WHOLE + PARTS)
+    assert found.shape == (9, 3) and found.abs().max() < 1e-5, "mirrored pixels count nowhere"
 
 
 def test_shifts_are_of_pixels_whatever_the_model_resizes_to():
@@ -48,6 +48,13 @@ def test_shifts_are_of_pixels_whatever_the_model_resizes_to():
     noise = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert shift_errors(twice, noise, [(4, 0), (0, -8)]).abs().max() < 1e-5
     assert shift_errors(twice, noise, [(2, 0)]).min() > 0.3
+
+
+def test_what_lies_beyond_the_edge_is_mirrored():
+    """Stripes moved along themselves stay what they are, for a model that sees the whole image too."""
+    wide = model(lambda x: F.avg_pool2d(x, 8) * x.mean((1, 2, 3), keepdim=True))
+    stripes = torch.rand(2, 3, 64, 1, generator=torch.Generator().manual_seed(0)).expand(-1, -1, -1, 64)
+    assert shift_errors(wide, stripes, [(0, 8), (0, -13)]).abs().max() < 1e-5
 
 
 def test_a_map_bound_to_its_place_has_the_error_of_that_place():
