@@ -4,6 +4,7 @@ if __name__ == "probes":
     raise ImportError("import agglom.probes, not probes: this folder is part of the agglom package")
 
 from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.detection import DetectionProbe
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.fidelity import FidelityProbe
 from agglom.probes.gather import splits_of
@@ -16,12 +17,14 @@ from agglom.probes.report import read_report, write_comparison, write_report
 from agglom.probes.retrieval import RetrievalProbe
 from agglom.probes.runner import run_probes
 from agglom.probes.segmentation import SegmentationProbe
+from agglom.probes.segmentation_sgd import SegmentationSgdProbe
 from agglom.probes.templates import TEMPLATES
 from agglom.probes.zeroshot import ZeroShotProbe
 
 __all__ = [
     "PROBES",
     "TEMPLATES",
+    "DetectionProbe",
     "FeatureSet",
     "FidelityProbe",
     "GeometryProbe",
@@ -32,6 +35,7 @@ __all__ = [
     "Result",
     "RetrievalProbe",
     "SegmentationProbe",
+    "SegmentationSgdProbe",
     "Subject",
     "Targets",
     "ZeroShotProbe",

@@ -21,6 +21,7 @@ from agglom.probes.linear import LinearProbe
 from agglom.probes.linear_sgd import LinearSgdProbe
 from agglom.probes.retrieval import RetrievalProbe
 from agglom.probes.segmentation import SegmentationProbe
+from agglom.probes.segmentation_sgd import SegmentationSgdProbe
 from agglom.probes.source import Source
 from agglom.probes.towers import CachedText
 from agglom.probes.zeroshot import ZeroShotProbe
@@ -33,6 +34,7 @@ PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "linear_sgd": LinearSgdProbe,
     "retrieval": RetrievalProbe,
     "segmentation": SegmentationProbe,
+    "segmentation_sgd": SegmentationSgdProbe,
     "zeroshot": ZeroShotProbe,
 }
 

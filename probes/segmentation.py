@@ -38,20 +38,12 @@ class SegmentationProbe(Probe):
         self.l2, self.pixels = tuple(l2), pixels
 
     def missing(self, subject: Subject) -> str | None:
-        for role, targets in subject.targets.items():
-            if targets.masks is None:
-                return f"the {role} split has no .seg.png"
-        if subject.features["train"].spatial is None:
-            return "it has no feature map"
-        masks = subject.targets["train"].masks
-        assert masks is not None
-        if len(np.setdiff1d(np.unique(masks), [IGNORE])) < 2:
-            return "the train split's masks have a single class"
-        return None
+        no_map = "it has no feature map" if subject.features["train"].spatial is None else None
+        return mask_problem(subject) or no_map
 
     def evaluate(self, subject: Subject) -> Result:
         """Scores on test, with the L2 that was best on val."""
-        classes = _classes(subject)
+        classes = mask_classes(subject)
         x, y, drawn = draw_pixels(subject.features["train"], subject.targets["train"], self.pixels, subject.seed)
         scale = Standardise.of(x)
         heads = fit_logistic(scale(x), y, classes=classes, l2=self.l2, steps=40, tolerance=1e-4)
@@ -73,7 +65,7 @@ class SegmentationProbe(Probe):
                 "solver": f"L-BFGS, mean cross-entropy over {len(y)} random pixels, {drawn} of each train image",
                 "ignore": IGNORE,
                 "classes": classes,
-                "chance": _constant_miou(counted.sum(0)),
+                "chance": constant_miou(counted.sum(0)),
             },
             resamples={
                 "miou": bootstrap(
@@ -84,6 +76,20 @@ class SegmentationProbe(Probe):
             },
             show={"masks": np.stack([pictures[row] for row in subject.show]) if subject.show else None},
         )
+
+
+def mask_problem(subject: Subject) -> str | None:
+    """Why nothing can be segmented, or None."""
+    for role, targets in subject.targets.items():
+        if targets.masks is None:
+            return f"the {role} split has no .seg.png"
+    if subject.features["train"].mean is None:
+        return "it has no feature map"
+    masks = subject.targets["train"].masks
+    assert masks is not None
+    if len(np.setdiff1d(np.unique(masks), [IGNORE])) < 2:
+        return "the train split's masks have a single class"
+    return None
 
 
 def draw_pixels(features: FeatureSet, targets: Targets, pixels: int, seed: int) -> tuple[Tensor, Tensor, int]:
@@ -173,13 +179,18 @@ def scores(counted: np.ndarray) -> dict[str, float]:
     }
 
 
-def _constant_miou(counted: np.ndarray) -> float:
+def constant_miou(counted: np.ndarray) -> float:
     """mIoU of answering the most frequent class at every pixel."""
     truth = counted[2].astype(np.float64)
     return float(truth.max() / truth.sum() / (truth > 0).sum())
 
 
-def _classes(subject: Subject) -> int:
+def mask_classes(subject: Subject) -> int:
+    """K: the named values of the masks, or one more than the largest that occurs.
+
+    Raises:
+        UserError: a value without a name.
+    """
     largest = -1
     for role, targets in subject.targets.items():
         assert targets.masks is not None
