@@ -184,7 +184,7 @@ def test_backbone_is_the_model_frozen(mmseg):
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     model = resolve("tiny:clip")
     backbone = mmseg.Backbone("tiny:clip")
-    backbone.init_weights()  # timm's own would draw new ones
+    backbone.init_weights()  # mmengine's initialisation draws nothing anew
     backbone.train()
     (found,) = backbone(images)
     assert torch.equal(found, model(images).spatial) and not found.requires_grad

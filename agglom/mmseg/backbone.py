@@ -71,7 +71,7 @@ class Backbone(BaseModule):
             answer = ask(self.model, images, blocks=self.blocks if self.blocks > 1 else 0)
         found = answer.blocks if self.blocks > 1 else [answer.features] * self.repeat
         maps = tuple(features.spatial for features in found)
-        if None in maps:
+        if any(x is None for x in maps):
             raise UserError(f"backbone.model: {self.ref} has no feature map")
         if len(maps) < max(self.blocks, self.repeat):
             raise UserError(f"backbone.blocks: {self.blocks}; {self.ref} tells of {len(maps)}")
@@ -94,15 +94,6 @@ class Backbone(BaseModule):
                 f"data_preprocessor: pixels from {low:.3g} to {high:.3g}; valid: 0 to 1; set mean [0, 0, 0] and std "
                 "[255, 255, 255]: the backbone normalises by itself"
             )
-
-    def init_weights(self) -> None:
-        """Nothing: mmengine would call timm's `init_weights`, which draws them anew."""
-
-    def train(self, mode: bool = True) -> Backbone:
-        super().train(mode)
-        if not self.frozen:
-            self.model.heads.eval()
-        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
         if self.frozen:
