@@ -218,6 +218,9 @@ def test_panoptic_maps_that_do_not_fit(folder, tmp_path, caplog):
     body = json.loads(path.read_text())
     body["annotations"].pop(0)  # of image 10
     save(path, body)
+    with caplog.at_level(logging.WARNING, "agglom.data"):
+        write_coco(tmp_path / "first", **options)
+    assert "skipped 1 unreadable of 3" in caplog.text and "(no panoptic annotation)" in caplog.text
     Image.new("RGB", (HEIGHT, WIDTH)).save(maps / "20.png")
     with caplog.at_level(logging.WARNING, "agglom.data"):
         write_coco(tmp_path / "out", **options)
