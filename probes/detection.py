@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, Iterator, Sequence
+from typing import Any, Collection, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +27,16 @@ SHOWN_SCORE = 0.2
 ROOM = 2**29  # bytes of pixels, and of frozen maps, that training may keep
 
 
+class Seen(NamedTuple):
+    """An image of a split: its number, key, stored (height, width), objects and detections."""
+
+    row: int
+    key: str
+    size: tuple[int, int]
+    truth: Truth
+    found: Found
+
+
 class DetectionProbe(Probe):
     """The twelve numbers of COCO's summary (AP as "ap"), on test images in the size in which they are stored.
 
@@ -43,6 +53,7 @@ class DetectionProbe(Probe):
         batch: images a step.
         lr: candidates, chosen by AP on val; a single one is taken as it is.
         weight_decay: of AdamW.
+        images: of the test split that are scored, evenly spread; None: all.
     """
 
     name, metric, fields = "detection", "ap", ("boxes",)
@@ -53,20 +64,25 @@ class DetectionProbe(Probe):
         detector: Kind = "fcos",
         size: int | None = None,
         channels: int = 64,
-        convs: int = 1,
-        steps: int = 200,
+        convs: int = 2,
+        steps: int = 100,
         batch: int = 16,
         lr: Sequence[float] = (0.003,),
         weight_decay: float = 0.05,
+        images: int | None = 500,
     ) -> None:
         if detector not in KINDS:
             raise UserError(f"detector: {detector!r}; {nearest(detector, KINDS)}")
         if channels < 32 or channels % 32:
             raise UserError(f"channels: {channels}; valid: 32, 64, 96, ...")
+        for key, value in (("steps", steps), ("batch", batch), ("convs", convs), ("images", images)):
+            if value is not None and value < 1:
+                raise UserError(f"{key}: {value}; valid: 1 or more")
         if not lr:
             raise UserError("lr: none; valid: one learning rate or more")
         self.detector, self.size, self.channels, self.convs = detector, size, channels, convs
         self.steps, self.batch, self.lr, self.weight_decay = steps, batch, tuple(lr), weight_decay
+        self.images = images
 
     def missing(self, subject: Subject) -> str | None:
         assert subject.source is not None
@@ -82,12 +98,14 @@ class DetectionProbe(Probe):
         on_val = [task.ap(detector, "val") for detector, _ in trained] if len(trained) > 1 else []
         best = int(np.nanargmax(on_val)) if on_val else 0
         detector, losses = trained[best]
-        keys, sizes, truth, found = task.detect(detector, "test")
+        count = len(subject.targets["test"].keys)
+        scored = set(np.linspace(0, count - 1, min(self.images or count, count)).round().astype(int).tolist())
+        seen = {one.row: one for one in task.detect(detector, "test", scored | set(subject.show))}
+        truth, found = ([getattr(seen[row], what) for row in sorted(scored)] for what in ("truth", "found"))
         metrics = coco_metrics(truth, found)
         if np.isnan(metrics["ap"]):
             raise UserError(f"{task.where}: the test split has no boxes but crowds; take other data or probes")
         resampled = resampled_ap(truth, found, draws(len(truth), RESAMPLES, subject.seed, 0))
-        rows = [keys.index(subject.targets["test"].keys[row]) for row in subject.show]
         pyramid = "top-down" if len(task.backbone().map_strides) > 1 else "simple"
         return Result(
             metrics=metrics,
@@ -106,10 +124,11 @@ class DetectionProbe(Probe):
                 "weight_decay": self.weight_decay,
                 "classes": task.classes,
                 "object_size": "area of the box, in stored pixels",
+                "images": len(scored),
                 "resamples": RESAMPLES,
             },
             resamples={"ap": resampled[:, 0], "ap50": resampled[:, 1]},
-            show={"boxes": [_shown(keys[i], sizes[i], truth[i], found[i]) for i in rows]},
+            show={"boxes": [_shown(seen[row]) for row in subject.show]},
             series={"loss": losses},
         )
 
@@ -121,6 +140,7 @@ class _Task:
         assert subject.source is not None
         self.probe, self.subject, self.where = probe, subject, subject.source.root
         self.device = device_of(subject.model)
+        self.offset = int(probe.detector == "fasterrcnn")  # whose label 0 is the background
         self.classes = len(subject.classes or ()) or self._count_classes()
         first = next(subject.samples("train", ("boxes",), raw=True), None)
         if first is None or not self.classes:
@@ -139,7 +159,7 @@ class _Task:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.subject.seed)
             backbone = self.backbone()
-            detector, offset = build_detector(probe.detector, backbone, self.classes, convs=probe.convs)
+            detector = build_detector(probe.detector, backbone, self.classes, convs=probe.convs)
             detector.to(device).train()
             optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=probe.weight_decay)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, probe.steps))
@@ -147,7 +167,7 @@ class _Task:
             for step in range(probe.steps):
                 some = [x.mirrored() if rng.random() < 0.5 else x for x in itertools.islice(drawn, probe.batch)]
                 backbone.keys = [(x.row, x.flipped) for x in some]
-                targets = [{k: v.to(device) for k, v in x.target(offset).items()} for x in some]
+                targets = [{k: v.to(device) for k, v in x.target(self.offset).items()} for x in some]
                 loss = sum(detector(list(self.images(some)), targets).values())
                 optimizer.zero_grad()
                 loss.backward()
@@ -161,25 +181,20 @@ class _Task:
         ends = np.cumsum([len(x) for x in stretches])
         return detector.eval(), [(float(end), float(x.mean())) for end, x in zip(ends, stretches, strict=True)]
 
-    def detect(
-        self, detector: nn.Module, role: str
-    ) -> tuple[list[str], list[tuple[int, int]], list[Truth], list[Found]]:
-        """Keys, stored sizes, truth and detections of a role's images."""
-        offset = int(self.probe.detector == "fasterrcnn")
-        keys, sizes, truth, found = [], [], [], []
-        stream = self.read(role)
+    def detect(self, detector: nn.Module, role: str, rows: Collection[int] | None = None) -> list[Seen]:
+        """What the detector says of a role's images, or of some."""
+        out = []
+        stream = (one for one in self.read(role) if rows is None or one.row in rows)
         while some := list(itertools.islice(stream, 2 * self.probe.batch)):
             with torch.inference_mode():
                 answers = detector(list(self.images(some)))
             for one, answer in zip(some, answers, strict=True):
-                keys.append(one.key)
-                sizes.append(one.size)
-                truth.append(one.truth)
-                found.append(one.found(answer, offset))
-        return keys, sizes, truth, found
+                out.append(Seen(one.row, one.key, one.size, one.truth, one.found(answer, self.offset)))
+        return out
 
     def ap(self, detector: nn.Module, role: str) -> float:
-        return coco_metrics(*self.detect(detector, role)[2:])["ap"]
+        seen = self.detect(detector, role)
+        return coco_metrics([one.truth for one in seen], [one.found for one in seen])["ap"]
 
     def images(self, some: Sequence[Example]) -> Tensor:
         """(B, 3, *canvas) on the device; what isn't image has the model's mean, which it sees as 0."""
@@ -205,9 +220,11 @@ class Remembering(DetectionBackbone):
     """Keeps the frozen maps of images that it is told the names of, as long as there is room.
 
     Attributes:
-        keys: of the images of the next call, or None.
+        room: bytes that may be kept.
+        keys: of the images of the next call, or None: they won't be seen again.
     """
 
+    room = ROOM
     keys: Sequence[Any] | None = None
     kept: dict[Any, tuple[Tensor, ...]]
 
@@ -223,7 +240,7 @@ class Remembering(DetectionBackbone):
         maps = [fresh[i] if i in fresh else self.kept[key] for i, key in enumerate(self.keys)]
         size = sum(x.nbytes for x in maps[0])
         for i in lacking:
-            if (len(self.kept) + 1) * size <= ROOM:
+            if (len(self.kept) + 1) * size <= self.room:
                 self.kept[self.keys[i]] = tuple(x.clone() for x in maps[i])
         return [torch.stack(level) for level in zip(*maps, strict=True)]
 
@@ -239,18 +256,17 @@ def _rate(step: int, steps: int) -> float:
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
 
 
-def _shown(key: str, size: tuple[int, int], truth: Truth, found: Found) -> dict[str, Any]:
+def _shown(seen: Seen) -> dict[str, Any]:
     """Plain data of one image: its best detections and its objects, boxes as x0, y0, x1, y1 in stored pixels."""
-    best = [i for i in np.argsort(-found.scores, kind="stable")[:SHOWN] if found.scores[i] >= SHOWN_SCORE]
+    boxes, labels, scores = seen.found
+    best = [i for i in np.argsort(-scores, kind="stable")[:SHOWN] if scores[i] >= SHOWN_SCORE]
 
     def corners(box: np.ndarray) -> list[float]:
         return [round(float(v), 2) for v in (*box[:2], *(box[:2] + box[2:]))]
 
     return {
-        "key": key,
-        "size": list(size),
-        "found": [(corners(found.boxes[i]), int(found.labels[i]), round(float(found.scores[i]), 4)) for i in best],
-        "truth": [
-            (corners(box), int(label), int(crowd)) for box, label, crowd in zip(*truth, strict=True)
-        ],
-    }  # fmt: skip
+        "key": seen.key,
+        "size": list(seen.size),
+        "found": [(corners(boxes[i]), int(labels[i]), round(float(scores[i]), 4)) for i in best],
+        "truth": [(corners(box), int(label), int(crowd)) for box, label, crowd in zip(*seen.truth, strict=True)],
+    }

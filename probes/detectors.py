@@ -17,8 +17,8 @@ KINDS = ("fcos", "fasterrcnn")
 SCORE = 0.05  # detections below count as none
 
 
-def build_detector(kind: Kind, backbone: DetectionBackbone, classes: int, *, convs: int = 4) -> tuple[nn.Module, int]:
-    """A detector that leaves pixels as they are, and the label of the first class in its targets.
+def build_detector(kind: Kind, backbone: DetectionBackbone, classes: int, *, convs: int = 4) -> nn.Module:
+    """A detector that leaves pixels as they are. Labels of "fasterrcnn" begin at 1, as 0 is its background.
 
     Args:
         kind: "fcos": one stage without anchor boxes (Tian et al. 2019). "fasterrcnn": two stages (Ren et al. 2015).
@@ -28,24 +28,18 @@ def build_detector(kind: Kind, backbone: DetectionBackbone, classes: int, *, con
     """
     detector: nn.Module
     if kind == "fcos":
-        head = FCOSHead(backbone.out_channels, 1, classes, convs)
-        detector, offset = (
-            FCOS(backbone, classes, anchor_generator=Anchors(backbone.strides), head=head, score_thresh=SCORE),
-            0,
-        )
+        head, anchors = FCOSHead(backbone.out_channels, 1, classes, convs), Anchors(backbone.strides)
+        detector = FCOS(backbone, classes, anchor_generator=anchors, head=head, score_thresh=SCORE)
     else:
-        detector, offset = (
-            FasterRCNN(
-                backbone,
-                classes + 1,  # 0 is the background
-                rpn_anchor_generator=Anchors(backbone.strides, scale=8, ratios=(0.5, 1.0, 2.0)),
-                box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(backbone.strides) - 1)], 7, 2),
-                box_score_thresh=SCORE,
-            ),
-            1,
+        detector = FasterRCNN(
+            backbone,
+            classes + 1,
+            rpn_anchor_generator=Anchors(backbone.strides, scale=8, ratios=(0.5, 1.0, 2.0)),
+            box_roi_pool=MultiScaleRoIAlign([str(i) for i in range(len(backbone.strides) - 1)], 7, 2),
+            box_score_thresh=SCORE,
         )
     detector.transform = AsTheyAre()
-    return detector, offset
+    return detector
 
 
 class AsTheyAre(GeneralizedRCNNTransform):

@@ -13,6 +13,7 @@ from agglom.data.streams import distributed
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes.base import Probe, Result, Subject
+from agglom.probes.detection import DetectionProbe
 from agglom.probes.fidelity import FidelityProbe
 from agglom.probes.gather import ROLES, Gathered, ThroughModel, gather, splits_of
 from agglom.probes.geometry import GeometryProbe
@@ -27,6 +28,7 @@ from agglom.probes.towers import CachedText
 from agglom.probes.zeroshot import ZeroShotProbe
 
 PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
+    "detection": DetectionProbe,
     "fidelity": FidelityProbe,
     "geometry": GeometryProbe,
     "knn": KnnProbe,
