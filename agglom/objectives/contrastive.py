@@ -60,7 +60,7 @@ def pairs(images: Tensor, texts: Tensor, codes: Tensor, counts: Tensor, *, group
     with no_autocast(images.device):
         images, texts = (F.normalize(widen(x), dim=1, eps=EPS) for x in (images, texts))
         own = torch.arange(len(codes), device=codes.device)
-        everything = images, texts, codes, counts.to(codes.dtype)
+        everything: tuple[Tensor, ...] = (images, texts, codes, counts.to(codes.dtype))
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
             group = group or dist.group.WORLD
             own = own + dist.get_rank(group) * len(codes)

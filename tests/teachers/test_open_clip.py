@@ -80,6 +80,21 @@ def test_text_tower():
         text.encode_text("a red sneaker")
 
 
+@pytest.mark.parametrize("name", ["agglom-vit", "agglom-siglip", "agglom-coca"])
+def test_text_network_is_the_text_side_alone(name):
+    """The same embeddings from the teacher's own weights, and nothing that a text doesn't use."""
+    teacher = build(name)
+    tokens = torch.randint(1, 49408, (3, 16))
+    before = teacher.model.encode_text(tokens)
+    network = teacher.text.network()
+    assert torch.equal(network(tokens), before) and torch.equal(teacher.model.encode_text(tokens), before)
+    assert not any("visual" in tensor for tensor, _ in teacher.tensors())
+    assert {id(p) for p in network.parameters()} <= {id(tensor) for _, tensor in teacher.tensors()}
+    network.requires_grad_(True)
+    network(tokens).square().sum().backward()
+    assert not [parameter for parameter, p in network.named_parameters() if p.grad is None]
+
+
 def test_text_stays_fp32_beside_a_bf16_image_tower():
     plain, low = build(), build(dtype="bf16")
     assert torch.equal(low.text.encode_text(["a bag"]), plain.text.encode_text(["a bag"]))
