@@ -12,27 +12,45 @@ from agglom.probes.training import Series, thin
 DASHES = {"c1": "7 3", "c2": "2 3", "c3": "9 3 2 3", "c4": "5 2", "c5": "1 4", "c6": "12 3", "random": "3 5"}
 
 
+DASHED = "5 3"
+
+
 class Line(NamedTuple):
-    """A curve: its name in the legend, its points and the colour class of `agglom.probes.wording.tone`."""
+    """A curve: name in the legend, points, the colour class of `agglom.probes.wording.tone`, dashes ("" for none)."""
 
     name: str
     points: Series
     tone: str
+    dash: str | None = None  # the tone's own
+
+    @property
+    def style(self) -> str:
+        """The attribute of its dashes."""
+        dash = DASHES.get(self.tone, "") if self.dash is None else self.dash
+        return f' stroke-dasharray="{dash}"' if dash else ""
 
 
 class Scale(NamedTuple):
-    """Values from `low` to `high` on an axis."""
+    """Values from `low` to `high` on an axis, with a tick every `unit`."""
 
     low: float
     high: float
+    unit: float
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Scale:
-        """From 0 (or below, where values are) to a round number at or above the largest."""
-        low, high = min(0.0, *values), max(*values, 0.0)
-        step = 10 ** math.floor(math.log10(max(high - low, 1e-9)))
-        unit = next(u for u in (0.2 * step, 0.5 * step, step, 2 * step) if (high - low) / u <= 5.0001)
-        return cls(math.floor(low / unit + 1e-9) * unit, math.ceil(high / unit - 1e-9) * unit or unit)
+        """Round numbers around the values: at most five ticks beside the first."""
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        step = 10 ** math.floor(math.log10(high - low))
+        unit = next(u for u in (0.2 * step, 0.5 * step, step, 2 * step, 5 * step) if _ticks(low, high, u) <= 5)
+        return cls(math.floor(low / unit + 1e-9) * unit, math.ceil(high / unit - 1e-9) * unit, unit)
+
+    @property
+    def ticks(self) -> list[float]:
+        """From `low` to `high`."""
+        return [self.low + self.unit * i for i in range(round((self.high - self.low) / self.unit) + 1)]
 
     def at(self, value: float, start: float, length: float) -> float:
         """Where a value lies on an axis of `length` from `start`."""
@@ -43,12 +61,12 @@ STRIP = (176, 26, 6)  # width, height and margin of a strip in CSS pixels
 
 
 def strip_axis(scale: Scale, factor: float) -> str:
-    """The head of a column of strips: both ends and the middle, times `factor`."""
+    """The head of a column of strips: the ticks, times `factor`."""
     width, _, margin = STRIP
     texts = "".join(
-        f'<text x="{scale.at(value, margin, width - 2 * margin):.1f}" y="11" text-anchor="{anchor}">'
+        f'<text x="{scale.at(value, margin, width - 2 * margin):.1f}" y="11" text-anchor="middle">'
         f"{factor * value:.3g}</text>"
-        for value, anchor in ((scale.low, "start"), ((scale.low + scale.high) / 2, "middle"), (scale.high, "end"))
+        for value in scale.ticks
     )
     return (
         f'<svg class="strip-axis" viewBox="0 0 {width} 14" width="{width}" height="14" aria-hidden="true">{texts}</svg>'
@@ -63,8 +81,7 @@ def strip_plot(value: float, ci: Sequence[float] | None, scale: Scale, tone: str
     def x(number: float) -> str:
         return f"{min(max(scale.at(number, margin, width - 2 * margin), 0), width):.1f}"
 
-    ticks = (scale.low, (scale.low + scale.high) / 2, scale.high)
-    parts = [f'<line class="rule" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{height}"/>' for t in ticks]
+    parts = [f'<line class="rule" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{height}"/>' for t in scale.ticks]
     if chance is not None:
         parts.append(f'<line class="chance" x1="{x(chance)}" x2="{x(chance)}" y1="0" y2="{height}"/>')
     if ci:
@@ -83,28 +100,30 @@ def line_chart(title: str, lines: Sequence[Line], *, axis: str = "step", marks: 
         axis: what x is.
         marks: whether points are marked: few that were measured, not many that were averaged.
     """
-    shown = [Line(name, points if marks else thin(points), tone) for name, points, tone in lines]
+    shown = [line if marks else line._replace(points=thin(line.points)) for line in lines]
     width, height, left, bottom, top = 320, 170, 46, 24, 8
     xs, ys = ([p[i] for line in shown for p in line.points] for i in (0, 1))
-    across, up = Scale(*_span(xs)), Scale(*_span(ys))
+    across, up = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, 1), Scale.over(ys)
 
     def at(x: float, y: float) -> tuple[float, float]:
         return across.at(x, left, width - left - 10), up.at(y, height - bottom, top + bottom - height)
 
     parts = []
-    for value in (up.high, (up.low + up.high) / 2, up.low):
+    for value in up.ticks:
         y = at(across.low, value)[1]
         parts.append(f'<line class="rule" x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.3g}</text>')
-    for value, anchor, word in ((across.low, "start", ""), (across.high, "end", f"{axis} ")):
+    ends = (across.low, across.high)
+    for value in sorted({*ends, *xs}) if marks and len(set(xs)) <= 6 else ends:
+        anchor = {across.low: "start", across.high: "end"}.get(value, "middle")
+        word = f"{axis} " if value == across.high else ""
         parts.append(
-            f'<text x="{at(value, 0)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">{word}{value:.0f}</text>'
+            f'<text x="{at(value, up.low)[0]:.1f}" y="{height - 6}" text-anchor="{anchor}">{word}{value:.0f}</text>'
         )
     for line in shown:
         spots = [at(x, y) for x, y in line.points]
-        dash = f' stroke-dasharray="{DASHES[line.tone]}"' if line.tone in DASHES else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline class="curve {line.tone}" points="{path}"{dash}/>')
+        parts.append(f'<polyline class="curve {line.tone}" points="{path}"{line.style}/>')
         if marks or len(spots) == 1:
             parts += [f'<circle class="dot {line.tone}" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in spots]
     spoken = "; ".join(
@@ -115,20 +134,18 @@ def line_chart(title: str, lines: Sequence[Line], *, axis: str = "step", marks: 
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(f"{title}: {spoken}")}">'
-        f"{''.join(parts)}</svg>{legend([(line.name, line.tone) for line in shown])}</figure>"
+        f"{''.join(parts)}</svg>{legend(shown)}</figure>"
     )
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> str:
+def legend(lines: Sequence[Line]) -> str:
     """Names beside samples of their lines."""
-    samples = []
-    for name, tone in entries:
-        dash = f' stroke-dasharray="{DASHES[tone]}"' if tone in DASHES else ""
-        samples.append(
-            '<li><svg class="sample" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
-            f'<polyline class="curve {tone}" points="0,5 28,5"{dash}/></svg>{escape(name)}</li>'
-        )
-    return f'<ul class="legend">{"".join(samples)}</ul>'
+    samples = "".join(
+        '<li><svg class="sample" viewBox="0 0 28 10" width="28" height="10" aria-hidden="true">'
+        f'<polyline class="curve {line.tone}" points="0,5 28,5"{line.style}/></svg>{escape(line.name)}</li>'
+        for line in lines
+    )
+    return f'<ul class="legend">{samples}</ul>'
 
 
 def radar(label: str, axes: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
@@ -139,8 +156,8 @@ def radar(label: str, axes: Sequence[str], rows: Sequence[tuple[str, str, Mappin
         axes: at least three names.
         rows: (name, colour class, axis -> value >= 0); the first is drawn last, filled.
     """
-    width, height, radius = 520, 400, 140
-    scale = Scale.over([value for _, _, values in rows for value in values.values()])
+    width, height, radius = 520, 370, 145
+    scale = Scale.over([0.0, *(value for _, _, values in rows for value in values.values())])
 
     def at(place: int, value: float) -> tuple[float, float]:
         angle, reach = 2 * math.pi * place / len(axes), scale.at(value, 0, radius)
@@ -149,19 +166,21 @@ def radar(label: str, axes: Sequence[str], rows: Sequence[tuple[str, str, Mappin
     def outline(values: Sequence[float]) -> str:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(i, v) for i, v in enumerate(values)))
 
-    rings = [scale.high * part for part in (0.25, 0.5, 0.75, 1.0)]
+    rings = scale.ticks[1:]
     parts = [f'<polygon class="ring" points="{outline([ring] * len(axes))}"/>' for ring in rings]
     for place, axis in enumerate(axes):
         (x, y), (tx, ty) = at(place, scale.high), at(place, scale.high * 1.1)
         side = math.sin(2 * math.pi * place / len(axes))
         anchor = "middle" if abs(side) < 0.2 else ("start" if side > 0 else "end")
-        drop = 4 + 6 * (ty - height / 2) / radius
-        parts.append(f'<line class="rule" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="name" x="{tx:.1f}" y="{ty + drop:.1f}" text-anchor="{anchor}">{escape(axis)}</text>'
+        words = axis.split(", ")
+        drop = 4 + 6 * (ty - height / 2) / radius - (16 * (len(words) - 1) if ty < height / 2 else 0)
+        lines = "".join(
+            f'<tspan x="{tx:.1f}" dy="{16 * bool(i)}">{escape(word)}</tspan>' for i, word in enumerate(words)
         )
+        parts.append(f'<line class="rule" x1="{width / 2}" y1="{height / 2}" x2="{x:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="name" x="{tx:.1f}" y="{ty + drop:.1f}" text-anchor="{anchor}">{lines}</text>')
     for number, (_, tone, values) in reversed(list(enumerate(rows))):
-        dash = f' stroke-dasharray="{DASHES[tone]}"' if tone in DASHES else ""
+        dash = Line("", [], tone).style
         if number == 0 and len(values) == len(axes):
             parts.append(f'<polygon class="area {tone}" points="{outline([values[a] for a in axes])}"/>')
         for place, axis in enumerate(axes):
@@ -171,12 +190,12 @@ def radar(label: str, axes: Sequence[str], rows: Sequence[tuple[str, str, Mappin
                 parts.append(f'<polyline class="curve {tone}" points="{x1:.1f},{y1:.1f} {x2:.1f},{y2:.1f}"{dash}/>')
         spots = [at(place, values[axis]) for place, axis in enumerate(axes) if axis in values]
         parts += [f'<circle class="dot {tone}" r="3.5" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in spots]
-    for ring in rings[1::2]:
+    for ring in rings:
         x, y = at(0, ring)
-        parts.append(f'<text x="{x + 4:.1f}" y="{y - 3:.1f}">{100 * ring:.3g}</text>')
+        parts.append(f'<text class="tick" x="{x - 5:.1f}" y="{y + 4:.1f}" text-anchor="end">{100 * ring:.3g}</text>')
     return (
         f'<figure class="radar"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg>{legend([(name, tone) for name, tone, _ in rows])}</figure>"
+        f"{''.join(parts)}</svg>{legend([Line(name, [], tone) for name, tone, _ in rows])}</figure>"
     )
 
 
@@ -190,6 +209,6 @@ def palette(count: int) -> list[tuple[int, int, int]]:
     return colours
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
+def _ticks(low: float, high: float, unit: float) -> int:
+    """How many units it takes to cover the values in whole ones."""
+    return math.ceil(high / unit - 1e-9) - math.floor(low / unit + 1e-9)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -41,6 +42,15 @@ class Run:
         return cls(str(where.parent if where.name == "probes" else where), report, recipe or {})
 
 
+def named(runs: Sequence[Run]) -> list[Run]:
+    """The same under names without the folder that they have in common, where that tells them apart."""
+    shared = Path(os.path.commonpath([run.name for run in runs]))
+    short = [str(Path(run.name).relative_to(shared)) for run in runs]
+    if len(set(short)) < len(short) or "." in short:
+        return list(runs)
+    return [replace(run, name=name) for run, name in zip(runs, short, strict=True)]
+
+
 def markdown(runs: Sequence[Run]) -> str:
     """The comparison in words and tables."""
     probes = _probes(runs, "retention")
@@ -70,7 +80,7 @@ def render(runs: Sequence[Run]) -> str:
     """The comparison as a page."""
     return page(
         "Comparison",
-        f"{len(runs)} reports side by side.",
+        f"{len(runs)} reports side by side: {', '.join(run.name for run in runs)}.",
         [
             Section(
                 "warnings", "Read this first", "".join(f"<p><strong>{escape(x)}</strong></p>" for x in _warnings(runs))
@@ -114,7 +124,7 @@ def _protocol(report: w.Report) -> dict[str, Any]:
 
 
 def _differing(flat: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    keys = dict.fromkeys(key for entries in flat for key in entries)
+    keys = sorted({key for entries in flat for key in entries})
     return [
         [key, *(w.shorten(entries.get(key, "-"), 90) for entries in flat)]
         for key in keys
@@ -150,11 +160,11 @@ def _retention(runs: Sequence[Run]) -> Section:
 
 
 def _glance(runs: Sequence[Run]) -> Section:
-    probes = {
-        probe: f"{w.title(probe)}, {w.metric_name(having[0].report['protocol'][probe]['metric'])}"
+    probes = [
+        probe
         for probe in _probes(runs, "protocol")
         if (having := _having(runs, probe)) and w.bounded(having[0].report, probe)
-    }
+    ]
     rows = [
         (run.name, w.nth_tone(i), {p: v for p in probes if (v := _headline(run, p)) is not None})
         for i, run in enumerate(runs)
@@ -180,7 +190,6 @@ def _scores(runs: Sequence[Run]) -> Section:
                 "Run",
                 rows,
                 metrics,
-                chance=None,
                 percent=percent,
             )
             parts.append(f"<h3>{escape(w.title(probe))}</h3>{drawn}")

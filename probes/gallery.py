@@ -59,8 +59,9 @@ def neighbours(report: w.Report, saved: Saved) -> Section:
             f'<p class="small">{_caption(example)}</p></div><div>{lists}</div></div>'
         )
     body = (
-        "<p>The four train images with the most similar summary, with their cosine; a model without a summary answers "
-        "with the mean over its feature map. ✓ marks a class in common.</p>"
+        f"<p>The four most similar of {report['data']['splits']['train']['count']:,} train images by their summary, "
+        "with the cosine; a model without a summary answers with the mean over its feature map. ✓ marks a class in "
+        "common.</p>"
     )
     return Section("neighbours", "Nearest neighbours", f'{body}<div class="wide">{"".join(cards)}</div>')
 

@@ -111,7 +111,8 @@ def _training(columns: Mapping[str, Series]) -> list[str]:
     for chart in curves(dict(columns)):
         for name, series in chart.lines.items():
             first, last, step = ends(series)
-            rows.append([clean(f"{chart.title}: {name}"), f"{first:.4g}", f"{last:.4g}", str(step)])
+            owner = " ".join(filter(None, ["loss" if chart.kind == "loss" else "", chart.title]))
+            rows.append([clean(f"{owner}: {name}"), f"{first:.4g}", f"{last:.4g}", str(step)])
     return ["## Training", grid(["curve", "first", "last", "last step"], rows)] if rows else []
 
 

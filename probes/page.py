@@ -41,13 +41,14 @@ def page(title: str, lead: str, sections: Iterable[Section]) -> str:
     )
 
 
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, heard: bool = False) -> str:
     """A table that scrolls by itself where it is too wide.
 
     Args:
         caption: said above it and to screen readers; two tables of a page need different ones.
         head: of the columns; `<th ...>...</th>` as it is, anything else as text.
         rows: the first cell is text, the row's heading; the others are `<td ...>...</td>`.
+        heard: whether only screen readers say the caption, for what stands under a heading of its own.
     """
     rows = list(rows)
     wordy = [bool(rows) and i < len(rows[0]) and rows[0][i].startswith('<td class="text">') for i in range(len(head))]
@@ -59,7 +60,8 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     label = escape(caption)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
-        f"<caption>{label}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<caption{' class=heard' if heard else ''}>{label}</caption><thead><tr>{top}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -89,18 +91,20 @@ def folded(summary: str, body: str, *, long: bool = False) -> str:
 def picture(array: np.ndarray, alt: str) -> str:
     """uint8 (H, W, 3) -> an <img> that holds its own file: small images exactly, photographs as JPEG."""
     photo = max(array.shape[:2]) >= PHOTO
-    return _img(array, alt, photo=photo, kind="" if photo else " class=tiny")
+    return _img(array, alt, photo=photo, more="" if photo else " class=tiny")
 
 
 def strip(images: np.ndarray, name: str, alt: str, *, side: int = 64, photo: bool = False) -> str:
     """uint8 (n, H, W, 3) side by side under or beside a name; enlarged by whole pixels to about `side`."""
     grow = max(1, side // images.shape[1])
     joined = np.concatenate(list(images.repeat(grow, 1).repeat(grow, 2)), axis=1)
-    drawn = _img(joined, alt, photo=photo and images.shape[1] >= PHOTO)
+    drawn = _img(
+        joined, alt, photo=photo and images.shape[1] >= PHOTO, more=f' style="max-width:{8.5 * len(images)}rem"'
+    )
     return f'<figure class="strip"><figcaption>{escape(name)}</figcaption>{drawn}</figure>'
 
 
-def _img(array: np.ndarray, alt: str, *, photo: bool, kind: str = "") -> str:
+def _img(array: np.ndarray, alt: str, *, photo: bool, more: str = "") -> str:
     buffer = io.BytesIO()
     if photo:
         Image.fromarray(array).save(buffer, "JPEG", quality=88)
@@ -108,4 +112,4 @@ def _img(array: np.ndarray, alt: str, *, photo: bool, kind: str = "") -> str:
         Image.fromarray(array).save(buffer, "PNG", optimize=True)
     data = f"image/{'jpeg' if photo else 'png'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     size = f'width="{array.shape[1]}" height="{array.shape[0]}"'
-    return f'<img{kind} alt="{escape(alt)}" {size} src="data:{data}">'
+    return f'<img{more} alt="{escape(alt)}" {size} src="data:{data}">'

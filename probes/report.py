@@ -52,7 +52,7 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
     for folder in folders:
         report, where = read_report(folder)
         runs.append(compare.Run.of(report, where))
-    out = Path(out)
+    runs, out = compare.named(runs), Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "comparison.md").write_text(compare.markdown(runs), encoding="utf-8")

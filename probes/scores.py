@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any, Mapping, NamedTuple, Sequence
+from typing import Mapping, NamedTuple, Sequence
 
 from agglom.probes import wording as w
 from agglom.probes.charts import Scale, strip_axis, strip_plot
@@ -12,28 +12,18 @@ from agglom.probes.sections import headline
 
 
 class Row(NamedTuple):
-    """A line of a score table: name, colour class, metric -> (value, interval), further cells."""
+    """A line of a score table: name, colour class, metric -> (value, interval), further cells, what chance gives."""
 
     name: str
     tone: str
     values: Mapping[str, tuple[float | None, Sequence[float] | None]]
     more: Sequence[str] = ()
+    chance: float | None = None
 
 
 def scores(report: w.Report) -> Section:
     """Every probe on the models themselves."""
-    parts = []
-    for probe, entry in report["protocol"].items():
-        names = w.alone(report, probe)
-        if not names:
-            continue
-        metrics = w.metrics_of(report, probe, names)
-        rows = [_row(report, n, probe, metrics, n, [text(w.chosen(report, probe, n))]) for n in names]
-        body = score_table(
-            f"{w.title(probe)}{w.unit(report, probe)}", "Model", rows, metrics, chance=_chance(entry, names),
-            percent=w.bounded(report, probe), more=["Chosen on val"],
-        )  # fmt: skip
-        parts.append(f"<h3>{escape(w.title(probe))}</h3>{body}{note(w.how(report, probe, names))}")
+    parts = [_probe(report, probe, names) for probe in report["protocol"] if (names := w.alone(report, probe))]
     about = "<p>Every model by itself, without adaptors. Small print and bars: 95 % interval; dashed: chance.</p>"
     return Section("scores", "Scores", about + "".join(parts) if parts else "")
 
@@ -60,23 +50,11 @@ def inside(report: w.Report) -> Section:
             parts.append(table(f"{w.spoken(model).capitalize()} through its adaptors, headline metrics", head, rows))
     for probe in probes:
         names = w.inside(report, probe)
-        metrics = w.metrics_of(report, probe, names)
-        more = [text(w.chosen(report, probe, n)) for n in names]
-        rows_ = [
-            _row(report, n, probe, metrics, w.shown_name(report, n), [chosen])
-            for n, chosen in zip(names, more, strict=True)
-        ]
-        picked = any(report["protocol"][probe]["models"][n].get("chosen") for n in names)
-        if not picked:
-            rows_ = [row._replace(more=()) for row in rows_]
-        body = score_table(
-            f"{w.title(probe)} through the adaptors{w.unit(report, probe)}", "Model", rows_, metrics,
-            chance=None, percent=w.bounded(report, probe), more=["Chosen on val"] if picked else [],
-        )  # fmt: skip
         if probe in both:
-            parts.append(folded(f"{w.title(probe)} through the adaptors, every metric", body))
+            drawn = _table(report, probe, names, f"{w.title(probe)} through the adaptors, every metric")
+            parts.append(folded(f"{w.title(probe)} through the adaptors, every metric", drawn))
         else:
-            parts.append(f"<h3>{escape(w.title(probe))}</h3>{body}{note(w.how(report, probe, names))}")
+            parts.append(_probe(report, probe, names))
     about = (
         "<p>An adaptor turns the student's features into those of one teacher. The encoder alone is what other tasks "
         "build on; through an adaptor it stands in for that teacher.</p>"
@@ -90,7 +68,6 @@ def score_table(
     rows: Sequence[Row],
     metrics: Sequence[str],
     *,
-    chance: float | None,
     percent: bool,
     more: Sequence[str] = (),
 ) -> str:
@@ -101,7 +78,6 @@ def score_table(
         first: head of the first column.
         rows: one a model.
         metrics: columns, the headline first.
-        chance: drawn as a dashed line.
         percent: whether the values are fractions.
         more: heads of the further cells.
     """
@@ -114,22 +90,52 @@ def score_table(
         return f"{said(ci[0])} to {said(ci[1])}" if ci else ""
 
     drawn = [(v, ci) for row in rows for v, ci in [row.values.get(metrics[0], (None, None))] if v is not None]
-    scale = Scale.over([x for v, ci in drawn for x in (v, *(ci or ()))] + ([] if chance is None else [chance]))
+    references = [row.chance for row in rows if row.chance is not None]
+    scale = Scale.over([0.0, *(x for v, ci in drawn for x in (v, *(ci or ()))), *references])
     top = (
-        f'<th scope="col" class="plot">{escape(w.metric_name(metrics[0]))}{strip_axis(scale, factor)}</th>'
+        f'<th scope="col" class="plot"><div><span>{escape(w.metric_name(metrics[0]))}</span>'
+        f"{strip_axis(scale, factor)}</div></th>"
         if drawn
         else w.metric_name(metrics[0])
     )
     lines = []
     for row in rows:
         value, ci = row.values.get(metrics[0], (None, None))
-        plot = "" if value is None else strip_plot(value, ci, scale, row.tone, chance)
+        plot = "" if value is None else strip_plot(value, ci, scale, row.tone, row.chance)
         small = f'<span class="ci">{escape(bounds(ci))}</span>' if ci else ""
-        cells = [f'<td class="plot"><div>{plot}<span>{said(value)}{small}</span></div></td>']
+        cells = [f'<td class="plot"><div><span>{said(value)}{small}</span>{plot}</div></td>']
         cells += [cell(said(v), bounds(c)) for m in metrics[1:] for v, c in [row.values.get(m, (None, None))]]
         lines.append([row.name, *cells, *row.more])
     heads = [f'<th scope="col" class="text">{escape(word)}</th>' for word in more]
-    return table(caption, [first, top, *map(w.metric_name, metrics[1:]), *heads], lines)
+    return table(caption, [first, top, *map(w.metric_name, metrics[1:]), *heads], lines, heard=True)
+
+
+def _probe(report: w.Report, probe: str, names: Sequence[str]) -> str:
+    """Heading, what the probe asks, its table and how it was done."""
+    percent = ' <span class="dim small">in percent</span>' if w.bounded(report, probe) else ""
+    about = f"<p>{escape(w.ABOUT[probe])}</p>" if probe in w.ABOUT else ""
+    drawn = _table(report, probe, names, w.title(probe))
+    return f"<h3>{escape(w.title(probe))}{percent}</h3>{about}{drawn}{note(w.how(report, probe, names))}"
+
+
+def _table(report: w.Report, probe: str, names: Sequence[str], caption: str) -> str:
+    entry = report["protocol"][probe]["models"]
+    metrics = w.metrics_of(report, probe, names)
+    picked = any(entry[n].get("chosen") for n in names)
+    rows = [
+        Row(
+            w.shown_name(report, n),
+            w.tone(report, n),
+            {m: _scored(report, n, probe, m) for m in metrics},
+            [text(w.chosen(report, probe, n))] if picked else [],
+            entry[n].get("chance"),
+        )
+        for n in names
+    ]
+    more = ["Chosen on val"] if picked else []
+    return score_table(
+        caption + w.unit(report, probe), "Model", rows, metrics, percent=w.bounded(report, probe), more=more
+    )
 
 
 def _scored(report: w.Report, name: str, probe: str, metric: str) -> tuple[float | None, Sequence[float] | None]:
@@ -137,11 +143,3 @@ def _scored(report: w.Report, name: str, probe: str, metric: str) -> tuple[float
         report["models"][name].get(probe, {}).get(metric),
         report["ci"].get(name, {}).get(probe, {}).get(metric),
     )
-
-
-def _row(report: w.Report, name: str, probe: str, metrics: Sequence[str], shown: str, more: Sequence[str]) -> Row:
-    return Row(shown, w.tone(report, name), {m: _scored(report, name, probe, m) for m in metrics}, more)
-
-
-def _chance(entry: Mapping[str, Any], names: Sequence[str]) -> float | None:
-    return entry["models"][names[0]].get("chance")

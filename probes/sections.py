@@ -7,7 +7,7 @@ from html import escape
 from typing import Mapping, Sequence
 
 from agglom.probes import wording as w
-from agglom.probes.charts import Line, line_chart, radar
+from agglom.probes.charts import DASHED, Line, line_chart, radar
 from agglom.probes.page import Section, cell, folded, table, text
 from agglom.probes.training import Curves, Series, curves
 
@@ -54,19 +54,19 @@ def glance(report: w.Report) -> Section:
     values = {n: {p: v for p in probes if (v := headline(report, n, p)) is not None} for n in names}
     body = radar_of(
         [(n, w.tone(report, n), values[n]) for n in names],
-        {p: f"{w.title(p)}, {w.metric_name(report['protocol'][p]['metric'])}" for p in probes},
+        probes,
         "The headline metric of each probe, in percent; higher is better. An outline is open where a probe doesn't "
         "apply to a model.",
     )
     return Section("glance", "Every probe at a glance", body)
 
 
-def radar_of(rows: Sequence[tuple[str, str, Mapping[str, float]]], probes: Mapping[str, str], about: str) -> str:
+def radar_of(rows: Sequence[tuple[str, str, Mapping[str, float]]], probes: Sequence[str], about: str) -> str:
     """A radar with its numbers as a table; nothing where there are fewer than three probes.
 
     Args:
         rows: (name, colour class, probe -> value); the first is the one that matters.
-        probes: probe -> what a table's head says of it.
+        probes: the axes.
         about: a sentence or two.
     """
     if len(probes) < 3 or not rows:
@@ -76,9 +76,9 @@ def radar_of(rows: Sequence[tuple[str, str, Mapping[str, float]]], probes: Mappi
     label = "Radar of " + ", ".join(titles.values()) + ". " + " ".join(
         f"{name}: {', '.join(f'{titles[p]} {w.percent(v)}' for p, v in values.items())}." for name, _, values in rows
     )  # fmt: skip
-    cells = [[name, *(cell(w.percent(values.get(p))) for p in probes)] for name, _, values in rows]
-    numbers = table("The radar in numbers, in percent", ["", *probes.values()], cells)
-    return f"<p>{escape(about)}</p>{radar(label, list(titles.values()), drawn)}{folded('The same in numbers', numbers)}"
+    cells = [[w.title(p), *(cell(w.percent(values.get(p))) for _, _, values in rows)] for p in probes]
+    numbers = table("The same in numbers, in percent", ["Probe", *(name for name, _, _ in rows)], cells)
+    return f'<p>{escape(about)}</p><div class="beside">{radar(label, list(titles.values()), drawn)}{numbers}</div>'
 
 
 def headline(report: w.Report, name: str, probe: str) -> float | None:
@@ -126,13 +126,16 @@ def training(report: w.Report, columns: Mapping[str, Series]) -> Section:
 
 
 def _chart(report: w.Report, chart: Curves) -> str:
+    if chart.kind == "loss":  # a colour for each part of the loss, dashed in validation
+        parts = list(dict.fromkeys(name.split(", ")[0] for name in chart.lines))
+        lines = [
+            Line(name, series, w.nth_tone(parts.index(name.split(", ")[0])), DASHED if "validation" in name else "")
+            for name, series in chart.lines.items()
+        ]
+        return line_chart(f"Loss: {chart.title}" if chart.title else "Loss", lines)
     known = {n: w.tone(report, n) for n in report["provenance"]["models"] if n != report["student"]}
-    lines = [
-        Line(name, series, known.get(name, w.nth_tone(place)))
-        for place, (name, series) in enumerate(sorted(chart.lines.items()))
-    ]
-    title = f"Loss: {chart.title}" if chart.kind == "loss" else chart.title
-    return line_chart(title, lines, marks=chart.title == "Probes during training")
+    lines = [Line(name, series, known.get(name, w.nth_tone(i))) for i, (name, series) in enumerate(chart.lines.items())]
+    return line_chart(chart.title, lines, marks=chart.title == "Probes during training")
 
 
 def skipped(report: w.Report) -> Section:

@@ -32,16 +32,18 @@ nav ol{list-style:none;margin:1rem 0 0;padding:0;display:flex;flex-wrap:wrap;gap
 code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;margin:.5rem 0}
 .scroll:focus-visible,a:focus-visible,summary:focus-visible{outline:2px solid var(--link);outline-offset:2px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;min-width:min(100%,40rem);font-variant-numeric:tabular-nums}
+.heard{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
+h3 .small{font-weight:400}
 caption{text-align:left;font-size:.875rem;padding:.25rem 0}
 th,td{padding:.4rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:middle}
 th:first-child,th.text,td.text{text-align:left}th:first-child{padding-left:0}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--bg)}
-td.text{white-space:normal;overflow-wrap:anywhere;min-width:8rem}
+td.text{white-space:normal;overflow-wrap:anywhere;min-width:8rem;max-width:44rem}
 thead th{font-size:.85rem;color:var(--dim);vertical-align:bottom}
 .ci{color:var(--dim);font-size:.8rem;display:block}.big{font-weight:650;font-size:1.1rem}
 .plot>div{display:flex;align-items:center;gap:.75rem;justify-content:flex-start;text-align:right}
-.plot>div>span{min-width:5.5rem}th.plot{text-align:left}
+.plot>div>span{min-width:5.5rem}
 .r1{background:var(--r1)}.r2{background:var(--r2)}.r3{background:var(--r3)}.r4{background:var(--r4)}
 .r5{background:var(--r5)}.r1 .ci,.r2 .ci,.r3 .ci,.r4 .ci,.r5 .ci{color:inherit}
 .key{color:var(--fg);display:inline-block;padding:0 .45rem;margin:0 .25rem .25rem 0;border-radius:.2rem;
@@ -56,9 +58,12 @@ figure{margin:0}figcaption{font-size:.9rem;overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:1.5rem 1.25rem}
 .chart figcaption{font-weight:600}
 svg{height:auto;display:block;overflow:visible;max-width:100%}.chart svg:not(.sample){width:100%}
+@media (min-width:62rem){.beside{display:grid;grid-template-columns:minmax(0,29rem) minmax(0,1fr);gap:1rem;
+align-items:center}.beside table{min-width:0}}
 .strip-plot,.strip-axis{max-width:none;flex:none}
 .radar{max-width:36rem}.radar>svg{width:100%}.radar .legend{justify-content:center}
 svg text{fill:var(--dim);font-size:11px}svg .name{fill:var(--fg);font-size:14px}
+svg .tick{paint-order:stroke;stroke:var(--bg);stroke-width:4px}
 svg .rule{stroke:var(--line)}svg .ring{fill:none;stroke:var(--line)}
 svg .chance{stroke:var(--dim);stroke-dasharray:3 3}
 svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}svg .bar{stroke-width:3}svg .area{fill-opacity:.12}
@@ -72,7 +77,7 @@ svg .curve{fill:none;stroke-width:2;stroke-linejoin:round}svg .bar{stroke-width:
 overflow-wrap:anywhere}.card>img{max-width:8rem}.card img.tiny,.boxes img.tiny{image-rendering:pixelated}
 .card ol{margin:.1rem 0 .5rem;padding-left:1.4rem}.card li{font-size:.9rem;overflow-wrap:anywhere}
 .card .right{font-weight:650}
-.query{display:grid;grid-template-columns:5rem 1fr;gap:.75rem;align-items:start}
+.query{display:grid;grid-template-columns:6.5rem 1fr;gap:.75rem;align-items:start}
 .near{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:.4rem;list-style:none}
 .card .near{margin:.1rem 0 .6rem;padding:0}.card .near li{font-size:.75rem;line-height:1.25}.near .dim{display:block}
 .boxes{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(9rem,45%),1fr));gap:.75rem;
@@ -84,9 +89,10 @@ svg rect.truth{stroke:#fff}.boxes .under{stroke:#000;stroke-width:4.5;stroke-opa
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--soft);padding:.75rem;border-radius:.3rem;font-size:.8rem}
 details{margin:.5rem 0}summary{cursor:pointer;color:var(--link)}
 @media (max-width:40rem){.strip{grid-template-columns:1fr;gap:.1rem}th,td{padding:.35rem .45rem}h1{font-size:1.5rem}
-h2{margin-top:2.25rem}.lead{font-size:1.05rem}svg .name{font-size:17px}.radar svg text{font-size:15px}}
+h2{margin-top:2.25rem}.lead{font-size:1.05rem}svg .name{font-size:17px}.radar svg text{font-size:19px}
+.query{grid-template-columns:1fr}.query>div:first-child{display:grid;grid-template-columns:6rem 1fr;gap:.75rem}}
 @media print{body{font-size:10pt}main{max-width:none;padding:0}nav{display:none}
-.card,figure,tr,.boxes{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}
+.card,figure,tr,.boxes{break-inside:avoid}h2,h3,h2+p,h3+p{break-after:avoid}.scroll{overflow:visible}
 th,td{padding:.25rem .35rem}td.text{min-width:0}.ci{font-size:.75rem}table{font-size:.85rem}
 tbody th{position:static;white-space:normal}thead th{white-space:normal}
 details::details-content{content-visibility:visible;block-size:auto}details:not(.long) summary{list-style:none}

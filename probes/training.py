@@ -15,7 +15,7 @@ class Curves:
     """What one chart shows.
 
     Attributes:
-        title: of the chart.
+        title: of the chart; a teacher or an objective, or nothing, for losses.
         kind: "loss", "probe", "rate" or "balance".
         lines: name -> [(step, value)].
     """
@@ -73,7 +73,7 @@ def curves(columns: dict[str, Series]) -> list[Curves]:
             parts.setdefault("lr", {})[column] = series
         elif last == "images_per_s":
             parts.setdefault("speed", {})["images"] = series
-    out = [Curves(owner or "all losses", "loss", losses[owner]) for owner in sorted(losses)]
+    out = [Curves(owner, "loss", dict(sorted(losses[owner].items()))) for owner in sorted(losses)]
     for key, title, kind in (
         ("probe", "Probes during training", "probe"),
         ("rank", "RankMe of the student's features", "probe"),

@@ -21,6 +21,21 @@ PARTS = {
     "r1": "R@1", "r5": "R@5", "r10": "R@10", "mse": "relative error", "cka": "CKA", "rankme": "RankMe",
     "std": "spread", "top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ar": "AR",
 }  # fmt: skip
+ABOUT = {  # what a probe asks, in a sentence or two
+    "knn": "The class of the most similar train images, by a vote.",
+    "linear": "The class by a linear classifier on frozen features, trained to its optimum.",
+    "linear_sgd": "The class by the best of many linear classifiers on frozen features, trained at once.",
+    "zeroshot": "The class whose name, in words, is nearest to the image; nothing is trained.",
+    "retrieval": "The caption that belongs to an image, and the image that belongs to a caption.",
+    "segmentation": "The class of every pixel by a linear head on the frozen feature map, trained to its optimum.",
+    "segmentation_sgd": "The class of every pixel by a linear head on the frozen feature map, trained by SGD.",
+    "detection": "Boxes by a detector that is trained on the frozen backbone; COCO's average precision.",
+    "fidelity": "How close the features through each adaptor are to the teacher's own on the test images: a cosine and "
+    "a CKA of 1 and a relative error of 0 are the teacher itself; an error of 1 is no better than the teacher's mean.",
+    "geometry": "The shape of the features, without labels. RankMe counts the directions in use. A spread of 1 is "
+    "even, 0 is all the same. Position: how well a cell's features tell where it lies (R²). The errors are those of "
+    "the map of a shifted image, moved back: 0 follows the image, 1.4 has nothing to do with it.",
+}
 GRADES = (  # class of a cell, least share of the teacher, what the legend says
     ("r1", 1.0, "100 % or more"), ("r2", 0.95, "95 to 100"), ("r3", 0.9, "90 to 95"), ("r4", 0.8, "80 to 90"),
     ("r5", -1.0, "below 80"),
@@ -139,8 +154,8 @@ def lead(report: Report) -> str:
     teachers = report["teachers"]
     place = "the place of" if len(teachers) == 1 else f"the place of {len(teachers)}:"
     return (
-        f"Over {len(kept)} probes {spoken(report['student'])} keeps {percent(mean)} % of the best teacher on the mean, "
-        f"with one frozen backbone in {place} {', '.join(teachers)}."
+        f"Over {len(kept)} probes {spoken(report['student'])} keeps {percent(mean)}\u00a0% of the best teacher on the "
+        f"mean, with one frozen backbone in {place} {', '.join(teachers)}."
     )
 
 
@@ -148,22 +163,26 @@ def how(report: Report, probe: str, names: Sequence[str]) -> str:
     """What a probe did with these models, in a few sentences."""
     entry = report["protocol"][probe]["models"]
     first = entry[names[0]]
-    used = {n: plain(entry[n]["features"]) for n in names if "features" in entry[n]}
-    words = []
-    if len(set(used.values())) == 1:
-        words.append(f"Features: {next(iter(used.values()))}.")
-    elif used:
-        words.append(f"Features: {'; '.join(f'{shown_name(report, n)}: {v}' for n, v in used.items())}.")
-    words += [f"{str(first[k])[:1].upper()}{str(first[k])[1:]}." for k in SAID if first.get(k)]
+    used: dict[str, list[str]] = {}
+    for name in names:
+        if (said := entry[name].get("features")) is not None:
+            only = next(iter(said.values())) if isinstance(said, Mapping) and len(said) == 1 else said
+            used.setdefault(plain(only), []).append(shown_name(report, name))
+    several = len(used) > 1
+    words = [
+        "Features: " + "; ".join(f"{said} ({', '.join(of)})" if several else said for said, of in used.items()) + "."
+    ] * bool(used)
+    words += [f"{k.capitalize()}: {first[k]}." for k in SAID if first.get(k)]
     if grid := first.get("grid"):
         words.append(f"Tried on val: {shorten(plain(grid), 160)}.")
     edge = [shown_name(report, n) for n in names if entry[n].get("at_edge")]
     if edge:
         words.append(f"Chosen at the edge of the grid: {', '.join(edge)}.")
-    if first.get("chance") is not None:
+    if by_chance := sorted({entry[n]["chance"] for n in names if entry[n].get("chance") is not None}):
         frequent = {"cls", "seg"} & set(report["protocol"][probe].get("fields", ()))
+        ends = [number(report, probe, value) for value in (by_chance[0], by_chance[-1])]
         words.append(
-            f"Chance{', always the most frequent class' if frequent else ''}: {number(report, probe, first['chance'])}."
+            f"Chance{', always the most frequent class' if frequent else ''}: {' to '.join(dict.fromkeys(ends))}."
         )
     return " ".join(words)
 
@@ -238,7 +257,8 @@ def model_facts(entry: Mapping[str, Any]) -> list[str]:
     spec = entry["input"]
     size = " x ".join(map(str, spec["size"])) if spec["size"] else "any"
     parameters = "-" if entry["parameters"] is None else f"{entry['parameters'] / 1e6:.2f} M"
-    source = f"{entry.get('source', '-')}, {entry.get('licence', 'licence unknown')}"
+    known = [entry[k] for k in ("source", "licence") if entry.get(k)]
+    source = ", ".join([*known, *([f"sha256 {entry['sha256'][:12]}"] if entry.get("sha256") else [])]) or "not stated"
     normal = f"mean {plain(spec['mean'])}, std {plain(spec['std'])}" if "mean" in spec else "-"
     resize = f", {spec['interpolation']}" if "interpolation" in spec else ""
     return [

@@ -184,9 +184,11 @@ def write_run(run: Path, rng: np.random.Generator) -> None:
                  "splits": {r: {"split": r, "rows": "all", "count": 9, "unreadable": 0} for r in ("train", "test")},
                  "classes": ["coat", "bag"], "seg_classes": ["background", "bag"]},
         "provenance": {
-            "models": {n: {"role": n if n in ("student", "random") else "teacher", "fingerprint": "00ff", "parameters": 9,
-                           "input": {"size": [16, 16], "stride": 4, "mean": [0.5] * 3, "std": [0.2] * 3,
-                                     "interpolation": "bicubic"}} for n in models},
+            "models": {
+                n: {"role": n if n in ("student", "random") else "teacher", "parameters": 9, "fingerprint": "00ff",
+                    "input": {"size": [16, 16], "stride": 4, "mean": [0.5] * 3, "std": [0.2] * 3}}
+                for n in models
+            },
             "seed": 0, "bootstrap": {"resamples": 1000, "level": 0.95, "over": "test images"},
             "versions": {"torch": "2"}, "device": {"cpu_threads": 1},
         },
@@ -243,6 +245,18 @@ def test_axe_finds_nothing_serious(browser, pages, width, dark):
         assert "color-contrast" in found["good"]  # it did look
         bad = [(v["id"], v["nodes"][0]["html"][:200]) for v in found["bad"] if v["impact"] in ("serious", "critical")]
         assert bad == []
+
+
+def test_boxes_lie_where_they_should(browser, pages):
+    """The box of the made-up report goes from (1, 2) to (9, 12) on an image of 16 x 16 pixels."""
+    browser.show(pages[0], width=800)
+    image, box = browser.run(
+        "['.boxes .frame img', '.boxes .frame rect'].map(s => document.querySelector(s).getBoundingClientRect())"
+        ".map(r => [r.left, r.top, r.width, r.height])"
+    )
+    left, top, width, height = image
+    expected = [left + width / 16, top + 2 * height / 16, width * 8 / 16, height * 10 / 16]
+    np.testing.assert_allclose(box, expected, atol=3)
 
 
 def test_it_prints(browser, pages):

@@ -5,19 +5,25 @@ Also: escaping of what data says, reports without models, comparison, and one cl
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from torch import nn
 
 from agglom.data import write_index, write_shard
 from agglom.errors import UserError
 from agglom.features import Features, InputSpec
-from agglom.probes import read_report, run_probes, write_comparison, write_report
+from agglom.probes import compare, read_report, run_probes, write_comparison, write_report
+from agglom.probes.base import in_part
 from agglom.probes.extract import Wanted, extract
+from agglom.probes.features import Targets
 from agglom.probes.fingerprint import behaviour_hash, weights_hash
-from agglom.probes.pictures import pca_maps
+from agglom.probes.gather import Gathered
+from agglom.probes.pictures import load, pca_maps
+from agglom.probes.shown import fetch
 from agglom.probes.source import Source, fit
 from agglom.probes.training import curves, read_metrics, thin
 
@@ -131,6 +137,75 @@ def test_pages_need_no_model_no_network_and_escape(report):
     assert "prefers-color-scheme:dark" in html and "@media print" in html and 'lang="en"' in html
     assert "<script" not in text and "## Retention" in text and "**100.0**" in text
     assert write_report(report).read_text() == html
+
+
+def shown(i):
+    return sample(i)["image"]
+
+
+def test_pictures_are_of_what_they_say(report, models):
+    found, saved = json.loads((report / "report.json").read_text()), load(report)
+    train = torch.stack([torch.from_numpy(shown(i)) for i in range(60)]).permute(0, 3, 1, 2).float() / 255
+    for i, example in enumerate(found["examples"]):
+        image = shown(int(example["key"]))
+        assert (saved["images"]["test"][i] == image).all() and example["label"] == [CLASSES[int(example["key"]) % 3]]
+        assert set(example["neighbours"]) == {"student", "clip", "sam"}
+        for name, near in example["neighbours"].items():
+            bank = models[name](train).spatial.mean((2, 3)).numpy()  # Tiny's summary; what stands for it where none is
+            query = models[name](torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255).spatial.mean((2, 3))
+            cosine = bank @ query[0].numpy() / np.linalg.norm(bank, axis=1) / query.norm().item()
+            assert [int(n["key"]) for n in near] == np.argsort(-cosine)[:4].tolist()
+            np.testing.assert_allclose([n["cosine"] for n in near], np.sort(cosine)[:-5:-1], atol=1e-4)
+            for n in near:
+                assert (saved["neighbours"]["train"][n["picture"]] == shown(int(n["key"]))).all()
+                assert n["label"] == [CLASSES[int(n["key"]) % 3]]
+    assert (saved["masks"]["truth"][0] == sample(int(found["examples"][0]["key"]))["seg"]).all()
+    assert {kind for kind in saved if ":" in kind} == {"masks:segmentation"}
+
+
+@pytest.mark.parametrize("rows,unreadable", [("all", 0), ("all", 1), ("4 of 5", 0), ("every 5th", 0)])
+def test_a_few_samples_of_a_split(data, rows, unreadable):
+    keys = [f"{n:05d}" for n in range(60) if in_part(n, rows)]
+    got = Gathered(targets={"train": Targets(keys)})
+    plan = {"train": {"split": "train", "rows": rows, "unreadable": unreadable}}
+    found = SimpleNamespace(plan=plan, got=got, source=Source.open(data))
+    wanted = [len(keys) - 1, 0, 7, 8]
+    for row, stored in zip(wanted, fetch(found, "train", wanted), strict=True):
+        assert stored["key"] == keys[row]
+        np.testing.assert_array_equal(np.asarray(stored["image"]).transpose(1, 2, 0), shown(int(keys[row])))
+
+
+def test_markdown_is_what_github_renders(report):
+    write_report(report)
+    text = (report / "report.md").read_text()
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    kinds = [token.type for token in tokens]
+    assert kinds.count("table_open") == len(re.findall(r"^\| ---", text, re.M)) > 6
+    inline = [child.type for token in tokens if token.children for child in token.children]
+    assert "html_block" not in kinds and "html_inline" not in inline and "link_open" not in inline
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1  # cells of every row
+
+
+def test_comparison_names_what_differs(report, tmp_path):
+    for name, lr, limit, share in (("a", 0.1, {}, 0.8), ("b", 0.2, {"train": 5}, 0.9)):
+        found = json.loads((report / "report.json").read_text())
+        found["data"]["limits"], found["retention_mean"] = limit, share
+        found["protocol"]["knn"]["models"]["student"]["temperature"] = 0.5 if name == "a" else 0.7
+        (tmp_path / name / "probes").mkdir(parents=True)
+        (tmp_path / name / "probes" / "report.json").write_text(json.dumps(found))
+        recipe = f"model: {{lr: {lr}, ema: 1}}\ntrainer: {{default_root_dir: {name}}}\n"
+        (tmp_path / name / "config.yaml").write_text(recipe)
+    runs = [compare.Run.of(*read_report(tmp_path / name)) for name in "ab"]
+    assert compare.recipes(runs) == [["model.lr", "0.1", "0.2"]]
+    assert compare.protocols(runs) == [
+        ["data.limits", "{}", "-"], ["data.limits.train", "-", "5"], ["probes.knn.temperature", "0.5", "0.7"]
+    ]  # fmt: skip
+    html = write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "c").read_text()
+    text = (tmp_path / "c" / "comparison.md").read_text()
+    for page in (html, text):
+        assert "model.lr" in page and "different data" not in page and "default_root_dir" not in page
+    assert '<th scope="row">a</th>' in html and "| a |" in text  # the folder in common is left out
 
 
 def test_comparison(report, tmp_path):
