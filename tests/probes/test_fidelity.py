@@ -14,6 +14,7 @@ from agglom.features import Features, InputSpec
 from agglom.probes import FidelityProbe, Subject, run_probes
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.similarity import linear_cka
+from agglom.probes.source import Source
 from agglom.probes.statistics import interval
 
 N, C, GRID = 120, 6, 4
@@ -187,6 +188,22 @@ def test_the_curve_over_resolutions(waves, tmp_path, size):
     said = report["protocol"]["fidelity"]["models"]["steady > clip"]["mode_switching"]
     assert said["images"] == 10 and said["sizes"][0] == [side // 2, side // 2]
     assert "series" in report and "clip" not in report["series"]
+
+
+def test_the_curve_shows_what_is_stored_and_not_what_was_resized(waves, tmp_path):
+    seen = []
+
+    class Watching(Free):
+        def __init__(self):
+            self.adaptors = {"clip": lambda images: seen.append(images) or Means()(images)}
+
+    models = {"s": Watching(), "clip": Means()}
+    probe = FidelityProbe(scales=(2,), images=3)
+    run_probes(models, waves, [probe], tmp_path, student="s", teachers=["clip"], size=16, show=1)
+    stored = [s["image"] for s in Source.open(waves).samples("test", fields=())]
+    shown = torch.stack([torch.as_tensor(stored[i]) for i in (0, 20, 39)])  # evenly spaced
+    (larger,) = [images for images in seen if images.shape[-1] == 32]
+    torch.testing.assert_close(larger, shown / 255)
 
 
 def test_the_curve_at_the_probes_own_size_is_the_probes_error(waves, tmp_path):
