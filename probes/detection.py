@@ -64,7 +64,7 @@ class DetectionProbe(Probe):
         detector: Kind = "fcos",
         size: int | None = None,
         channels: int = 64,
-        convs: int = 2,
+        convs: int = 1,
         steps: int = 100,
         batch: int = 16,
         lr: Sequence[float] = (0.003,),
