@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 GARMENTS := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: demo test lint wheel bench garments
+.PHONY: demo test lint wheel bench garments browser
 
 demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
 
-test: $(VENV)/installed-dev garments
+test: $(VENV)/installed-dev $(VENV)/installed-axe garments browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread; with more threads they fight
 
 lint: $(VENV)/installed-dev
@@ -29,6 +29,19 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
+
+# axe-core checks the report's accessibility. The package carries it, and would bring a browser of its own along.
+$(VENV)/installed-axe: $(VENV)/installed-dev
+	-$(BIN)/python -m pip install --quiet --no-deps axe-playwright-python==0.1.8 && touch $@
+
+# The report is tested in Chromium where there is one, or where Debian's can be installed; else these tests are skipped.
+browser:
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get install -y -qq chromium >/dev/null 2>&1 \
+		|| { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null 2>&1 \
+		|| echo "could not install chromium; its tests are skipped"; \
+	fi
 
 # The demo downloads Fashion-MNIST (30 MB) by itself where this can't provide it.
 garments:

@@ -127,8 +127,7 @@ def fetch(found: Measured, role: str, rows: Sequence[int], *, fitted: bool = Fal
         places = [n for n in range(total) if in_part(n, plan["rows"])] if plan["rows"] != "all" else range(total)
         count = source.parts(split, STRETCH)
         # the stretch whose first sample, total * k // count, is the last at or before the place
-        parts = sorted({((places[row] + 1) * count - 1) // total for row in rows})
-        parts = [(k, count) for k in parts]
+        parts = [(k, count) for k in sorted({((places[row] + 1) * count - 1) // total for row in rows})]
     got = {
         sample["key"]: sample
         for part in parts
