@@ -1,4 +1,4 @@
-"""`agglom demo`: scenes, training, probes and report in one go, on the embedded teachers."""
+"""`agglom demo`: scenes, cached teachers, training, probes and report in one go, on the embedded teachers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 SCENES = {"train": 8_000, "val": 1_000, "test": 2_000}
-PROBES = ("knn", "linear", "segmentation", "zeroshot")
+PROBES = ("knn", "linear", "zeroshot", "retrieval", "segmentation", "detection", "fidelity", "geometry")
 LIMITS = {"train": 4_000, "val": 1_000, "test": 2_000}
 
 
@@ -27,11 +27,16 @@ def run_demo(out: Path, data: Path, source: str | None = None) -> Path:
     from agglom.data.scenes import write_scenes
 
     started = time.perf_counter()
-    with _timed("1/3 scenes"):
+    with _timed("1/4 scenes"):
         write_scenes(data, source=source, **SCENES)
-    with _timed("2/3 training"):
-        _train(out, data)
-    with _timed("3/3 probes and report"):
+    if not _finished(out):
+        with _timed("2/4 teachers"):
+            cache = _cache(data)
+        with _timed("3/4 training"):
+            _train(out, data, cache)
+    else:
+        print(f"reusing the finished run {out}")
+    with _timed("4/4 probes and report"):
         from agglom.probing import probe_run
 
         report = probe_run(out, probes=PROBES, limits=LIMITS, data=str(data))
@@ -40,22 +45,49 @@ def run_demo(out: Path, data: Path, source: str | None = None) -> Path:
     return report
 
 
-def _train(out: Path, data: Path) -> None:
+def _finished(out: Path) -> bool:
+    """Whether the run has an export of its last step."""
+    from agglom.checks import read_yaml
+
+    exported = out / "export" / "agglom.json"
+    steps = read_yaml("configs/demo.yaml")[0]["trainer"]["max_steps"]
+    return exported.is_file() and json.loads(exported.read_text())["steps"] >= steps
+
+
+def _cache(data: Path) -> Path:
+    """Features of all scenes, beside them; says what training saves by them."""
+    from agglom.cache.command import cache_teachers
+    from agglom.checks import read_yaml
+
+    cache, content = data.with_name(f"{data.name}-features"), read_yaml("configs/demo.yaml")[0]
+    config = {**content, "data": {**content["data"], "data": str(data)}}
+    new, started = not cache.is_dir(), time.perf_counter()
+    dtypes = {"dtype": "bf16"} if fast_bf16() else {}
+    for entry in config["model"]["teachers"].values():
+        entry["encoder"]["init_args"] |= dtypes
+    print(cache_teachers(config, cache, views=1, dtype="fp16", pool=1, names=None, batch=64))
+    if new:
+        seconds, images = time.perf_counter() - started, SCENES["train"] + SCENES["val"]
+        seen = content["trainer"]["max_steps"] * content["data"]["batch_size"]
+        print(
+            f"the teachers saw {images} scenes once in {seconds:.0f} s; the {seen} images of training would have taken "
+            f"them {seen * seconds / images:.0f} s"
+        )
+    return cache
+
+
+def _train(out: Path, data: Path, cache: Path) -> None:
     from agglom.callbacks import checkpoint_path
     from agglom.checks import locate, read_yaml
     from agglom.fit import fit
 
     config = locate("configs/demo.yaml")
-    overrides = [f"--data.data={data}", f"--trainer.default_root_dir={out}"]
-    content = read_yaml(config)[0]
+    overrides = [f"--data.data={data}", f"--data.cache={cache}", f"--trainer.default_root_dir={out}"]
+    overrides.append("--model.remember_teachers=false")  # they are on disk
     if fast_bf16():
         overrides.append("--trainer.precision=bf16-mixed")
-        overrides += [f"--model.teachers.{name}.encoder.init_args.dtype=bf16" for name in content["model"]["teachers"]]
-    steps = content["trainer"]["max_steps"]
-    exported = out / "export" / "agglom.json"
-    if exported.is_file() and json.loads(exported.read_text())["steps"] >= steps:
-        print(f"reusing the finished run {out}")
-        return
+        names = read_yaml(config)[0]["model"]["teachers"]
+        overrides += [f"--model.teachers.{name}.encoder.init_args.dtype=bf16" for name in names]
     if checkpoint_path(out).is_file():
         print(f"resuming {out}")
         overrides.append("--ckpt_path=last")

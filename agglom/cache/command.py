@@ -28,7 +28,7 @@ SEED = 0
 
 
 def cache_teachers(
-    config: str | Path,
+    config: str | Path | dict[str, Any],
     out: Path,
     *,
     views: int,
@@ -39,7 +39,7 @@ def cache_teachers(
     device: str = "auto",
     dry: bool = False,
 ) -> str:
-    """Write (or with `dry` only measure) the cache of a configuration -> what to tell the user.
+    """Write (or with `dry` only measure) the cache of a configuration (a file or plain data) -> what to tell the user.
 
     Raises:
         UserError: a configuration that doesn't pass `agglom check`, a number below 1, an unknown teacher, a mosaic, a
@@ -48,7 +48,7 @@ def cache_teachers(
     for key, value in {"views": views, "pool": pool, "batch": batch}.items():
         if value < 1:
             raise UserError(f"{key}: {value}; valid: 1 or more; change it")
-    content, lines = read_yaml(config)
+    content, lines = (config, []) if isinstance(config, dict) else read_yaml(config)
     if lines := [*lines, *check_config(content)]:
         raise Invalid(lines)
     entries: dict[str, Any] = content["model"]["teachers"]
