@@ -56,7 +56,8 @@ class KnnProbe(Probe):
         def predict(role: str, candidates: Sequence[int]) -> Tensor:
             parts = []
             queries = subject.features[role].vectors(which)
-            for similarity, index in nearest(queries, bank, max(candidates), device=device):
+            chunks = {"query_chunk": QUERIES, "bank_chunk": ROWS}
+            for similarity, index in nearest(queries, bank, max(candidates), **chunks, device=device):
                 found = votes(similarity, labels[index], candidates, task.classes, self.temperature)
                 parts.append(task.answer(found).cpu())
             return torch.cat(parts, 1)  # (candidates, N) or (candidates, N, K)

@@ -61,7 +61,13 @@ def subject(kind="perfect", shuffle=False, **changes):
     return replace(full, **changes)
 
 
-PROBES = [KnnProbe(), LinearProbe(), LinearSgdProbe(steps=100), SegmentationProbe(), ZeroShotProbe(templates=["a {}", "one {}"])]
+PROBES = [
+    KnnProbe(),
+    LinearProbe(),
+    LinearSgdProbe(steps=100),
+    SegmentationProbe(),
+    ZeroShotProbe(templates=["a {}", "one {}"]),
+]
 each_probe = pytest.mark.parametrize("probe", PROBES, ids=lambda p: p.name)
 
 
@@ -175,7 +181,12 @@ def test_bad_templates_and_masks():
         SegmentationProbe().evaluate(subject(seg_classes=("a", "b")))
 
 
-def test_a_class_absent_from_train():
+FROM_LABELS = [KnnProbe(ks=(1, 10)), LinearProbe(), LinearSgdProbe(steps=100)]
+each_of_labels = pytest.mark.parametrize("probe", FROM_LABELS, ids=lambda p: p.name)
+
+
+@each_of_labels
+def test_a_class_absent_from_train_is_named_and_its_images_count_as_wrong(probe):
     s = subject()
     keep = np.flatnonzero(s.targets["train"].labels != 3)
     s = replace(
@@ -183,6 +194,71 @@ def test_a_class_absent_from_train():
         targets={**s.targets, "train": s.targets["train"].take(keep)},
         features={**s.features, "train": s.features["train"].take(keep)},
     )
-    share = float((s.targets["test"].labels != 3).mean())
-    for probe in (KnnProbe(), LinearProbe()):
-        assert probe.evaluate(s).metrics["top1"] == pytest.approx(share, abs=1e-6)
+    test = s.targets["test"].labels
+    result = probe.evaluate(s)
+    assert result.metrics["top1"] == pytest.approx(float((test != 3).mean()), abs=1e-6)
+    first = f"sandal (first in test sample test{int((test == 3).argmax())})"
+    assert result.protocol["warning"] == f"no train image of {first}; such test images count as wrong"
+    assert "warning" not in probe.evaluate(subject()).protocol
+
+
+def several(kind="perfect", shuffle=False):
+    """As `subject`, each image with any number of classes; the features are these classes."""
+    s, features, targets = subject(), {}, {}
+    for i, (role, count) in enumerate(SIZES.items()):
+        rng = np.random.default_rng(i)
+        labels = rng.random((count, K)) < [0.5, 0.3, 0.2, 0.4]
+        summary = np.ones((count, K), np.float32) if kind == "constant" else labels.astype(np.float32) + 0.01
+        labels = rng.permutation(labels) if shuffle else labels
+        features[role] = FeatureSet(summary, summary)
+        targets[role] = replace(s.targets[role], labels=labels)
+    return replace(s, features=features, targets=targets)
+
+
+@each_of_labels
+def test_several_classes_an_image(probe):
+    assert probe.missing(several()) is None
+    perfect, constant, shuffled = (probe.evaluate(s) for s in (several(), several("constant"), several(shuffle=True)))
+    prevalence = several().targets["test"].labels.mean()
+    assert perfect.metrics == pytest.approx({"map": 1.0}) and perfect.resamples["map"].shape == (1000,)
+    assert constant.metrics["map"] == pytest.approx(prevalence) == constant.protocol["chance"]
+    low, high = np.quantile(shuffled.resamples["map"], [0.005, 0.995])
+    assert low - 0.02 < prevalence < high and shuffled.metrics["map"] < prevalence + 0.08
+
+
+@each_of_labels
+def test_splits_that_write_labels_in_two_ways(probe):
+    """Numbers in one split and lists in another, of which none has the last class."""
+    s = several()
+    single = subject()
+    mixed = replace(
+        s,
+        features={**s.features, "test": single.features["test"]},
+        targets={
+            **s.targets,
+            "val": replace(s.targets["val"], labels=s.targets["val"].labels[:, :3]),
+            "test": single.targets["test"],
+        },
+    )
+    assert probe.missing(mixed) is None and probe.evaluate(mixed).metrics["map"] > 0.9
+
+
+@each_of_labels
+def test_labels_that_can_not_be_learned_from(probe):
+    s, many = subject(), several()
+
+    def change(s, role, labels):
+        return replace(s, targets={**s.targets, role: replace(s.targets[role], labels=labels)})
+
+    def problem(s, role, labels):
+        return probe.missing(change(s, role, labels))
+
+    train = s.targets["train"].labels
+    assert problem(s, "val", None) == "the val split has no .cls"
+    assert problem(s, "train", np.full_like(train, 2)) == "the train split has a single class (shirt)"
+    assert problem(many, "train", np.zeros((len(train), K), bool)) == "no train image has a class"
+    assert problem(many, "test", np.zeros((SIZES["test"], K), bool)) == "no test image has a class"
+    some = many.targets["train"].labels.copy()
+    some[:, 1] = False
+    result = probe.evaluate(change(many, "train", some))
+    assert result.protocol["warning"].startswith("no train image of coat (first in test sample test")

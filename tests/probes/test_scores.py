@@ -1,7 +1,8 @@
 """The probes' arithmetic against independent formulations.
 
-kNN against scikit-learn with the same weights, logistic regression against scikit-learn's optimum, mIoU against brute
-force (with ignore and absent classes), pixel features against full upsampling, bootstrap against the binomial.
+kNN against scikit-learn with the same weights, logistic regression against scikit-learn's optimum, average precision
+against scikit-learn's, mIoU against brute force (with ignore and absent classes), pixel features against full
+upsampling, bootstrap against the binomial.
 """
 
 import numpy as np
@@ -9,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from agglom.probes import solver
 from agglom.probes.features import FeatureSet, Targets
-from agglom.probes.knn import neighbours, votes
+from agglom.probes.knn import GROUP, largest, neighbours, votes
+from agglom.probes.ranking import average_precision, map_resamples, mean_average_precision
 from agglom.probes.segmentation import count_areas, draw_pixels, predict, scores
 from agglom.probes.solver import Head, Standardise, fit_logistic
-from agglom.probes.statistics import accuracy_resamples, bootstrap, interval
+from agglom.probes.statistics import accuracy_resamples, bootstrap, draws, interval
 
 
 def blobs(count, dim, classes, seed=0, spread=1.5):
@@ -45,6 +49,31 @@ def test_chunks_do_not_change_neighbours():
     assert (whole[1] == chunked[1]).float().mean() > 0.999
 
 
+def test_knn_of_several_classes_is_sklearns():
+    x, y = blobs(200, 8, 4)
+    q, _ = blobs(40, 8, 4, seed=1)
+    several = torch.stack([y == 0, y % 2 == 0, y >= 2], 1)
+    model = KNeighborsClassifier(15, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+    expected = model.fit(x.double().numpy(), several.numpy()).predict_proba(q.double().numpy())
+    similarity, index = neighbours(q, x, 20)
+    mine = votes(similarity, several[index], [3, 15], 3, 0.07)[1]
+    np.testing.assert_allclose(mine.numpy(), np.stack([p[:, 1] for p in expected], 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [8 * GROUP, 8 * GROUP + 5, 50 * GROUP, 50 * GROUP + GROUP - 1])
+def test_the_largest_are_topks(length):
+    block = torch.randn(9, length, generator=torch.Generator().manual_seed(length))
+    block[3] = 1.0  # all the same
+    block[4, -3:] = 9.0  # beyond the last whole group
+    block[5, :] = torch.arange(length)
+    for k in (1, 4, 20):
+        values, columns = largest(block, k)
+        expected = block.topk(k, dim=1).values
+        torch.testing.assert_close(values, expected)
+        torch.testing.assert_close(block.gather(1, columns), expected)
+        assert all(len(set(row)) == k for row in columns.tolist())
+
+
 @pytest.mark.parametrize("l2", [1.0, 0.03, 0.001])
 def test_softmax_regression_reaches_sklearns_optimum(l2):
     x, y = blobs(400, 12, 4)
@@ -62,6 +91,69 @@ def test_warm_starts_give_the_same_heads_in_the_order_asked():
     for strength, head in zip([0.01, 1.0, 0.1], path, strict=True):
         alone = fit_logistic(x, y, classes=3, l2=[strength])[0]
         torch.testing.assert_close(head(x).softmax(1), alone(x).softmax(1), atol=1e-3, rtol=0)
+
+
+def test_sigmoid_regression_is_sklearns_class_by_class():
+    x, y = blobs(300, 10, 5)
+    several = torch.stack([y == 0, y % 2 == 0, y >= 2], 1)
+    head = fit_logistic(x, several, classes=3, l2=[0.02])[0]
+    for k in range(3):
+        model = LogisticRegression(C=1 / (0.02 * len(x)), tol=1e-10, max_iter=20_000)
+        theirs = model.fit(x.double().numpy(), several[:, k].numpy())
+        np.testing.assert_allclose(head.weight[k], theirs.coef_[0], atol=2e-3)
+        np.testing.assert_allclose(head(x).sigmoid()[:, k], theirs.predict_proba(x.double().numpy())[:, 1], atol=1e-3)
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    x, y = blobs(150, 6, 3)
+    whole, scale = fit_logistic(x, y, classes=3, l2=[0.05])[0], Standardise.of(x)
+    monkeypatch.setattr(solver, "ENTRIES", 100)
+    assert len(list(solver.chunks(150, 6))) > 5
+    torch.testing.assert_close(fit_logistic(x, y, classes=3, l2=[0.05])[0].weight, whole.weight, atol=1e-4, rtol=1e-4)
+    kept = x.clone()
+    overwritten = fit_logistic(kept, y, classes=3, l2=[0.05], overwrite=True)[0]
+    torch.testing.assert_close(overwritten.weight, whole.weight, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(kept, x)
+    chunked = Standardise.of(x.view(150, 2, 3))
+    torch.testing.assert_close(chunked.mean, scale.mean)
+    torch.testing.assert_close(chunked.std, scale.std)
+    torch.testing.assert_close(scale.std, x.std(0, correction=0))
+    torch.testing.assert_close(scale.into(x.clone()), scale(x))
+
+
+def test_standardise_of_a_large_offset():
+    x = 1e4 + torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Standardise.of(x).std, x.double().std(0, correction=0).float(), rtol=1e-4, atol=0)
+
+
+def ranked(images=120, seed=0):
+    """Scores with ties, and truth with a class that no image has."""
+    rng = np.random.default_rng(seed)
+    truth = rng.random((images, 4)) < [0.3, 0.05, 0.7, 0.0]
+    return np.round(rng.normal(size=truth.shape) + truth, 1).astype(np.float32), truth
+
+
+def test_average_precision_is_sklearns_with_ties():
+    scores_, truth = ranked()
+    expected = [average_precision_score(truth[:, k], scores_[:, k]) for k in range(3)]
+    found = average_precision(scores_, truth)
+    np.testing.assert_allclose(found[:3], expected, rtol=1e-12)
+    assert np.isnan(found[3]) and mean_average_precision(scores_, truth) == pytest.approx(np.mean(expected))
+    assert np.isnan(mean_average_precision(scores_, np.zeros_like(truth)))
+    by_hand = average_precision(np.array([[3.0], [2], [1]]), np.array([[True], [False], [True]]))
+    assert by_hand[0] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_resampled_average_precision_is_that_of_repeated_images():
+    scores_, truth = ranked()
+    found = map_resamples(scores_, truth, seed=3)
+    counts = draws(len(truth), 1000, 3, 0)
+    for i in (0, 17, 999):
+        rows = np.repeat(np.arange(len(truth)), counts[i].astype(int))
+        expected = [average_precision_score(truth[rows, k], scores_[rows, k]) for k in range(3) if truth[rows, k].any()]
+        assert found[i] == pytest.approx(np.mean(expected), rel=1e-9)
+    low, high = interval(found)
+    assert low < mean_average_precision(scores_, truth) < high
 
 
 def test_standardise_silences_constants_and_folds():
