@@ -14,7 +14,7 @@ from agglom.distiller import Distiller
 from agglom.errors import UserError
 from agglom.features import Dims
 from agglom.objectives.koleo import koleo
-from agglom.selfdistill import Dino
+from agglom.selfdistill import Dino, dino
 from agglom.students import TimmStudent, masked_patches
 
 SMALL = {"prototypes": 16, "hidden": 32, "bottleneck": 8}
@@ -70,6 +70,65 @@ def test_local_crops_never_enter_the_average(tiny_student, quiet_trainer):
     differs = (seen["student"][1] - seen["average"][0]).abs().amax(2) > 1e-6
     assert not differs[:, 0].any() and differs.any(1).sum() == 4, "half of the images have masked patches"
     assert 0.1 <= differs[differs.any(1)].float().mean() <= 0.5
+
+
+def test_what_the_average_says_of_visible_patches_does_not_matter(tiny_student, quiet_trainer, monkeypatch):
+    """Noise on its map outside of the masks leaves the loss as it was; on one masked patch it does not."""
+    masks, losses = [], {}
+    plain, draw = Dino.forward, dino.block_masks
+    monkeypatch.setattr(dino, "block_masks", lambda *a, **k: masks.append(draw(*a, **k)) or masks[-1])
+
+    def forward(self, scene):
+        loss = plain(self, scene)
+        losses[case] = loss.detach()
+        return loss
+
+    monkeypatch.setattr(Dino, "forward", forward)
+    for case in ("plain", "visible", "masked"):
+        module = build(tiny_student, dino_weight=0.0, ibot_weight=1.0)
+
+        class Noisy(type(module.ema)):
+            def on_train_start(self, trainer, pl_module, case=case):
+                super().on_train_start(trainer, pl_module)
+                if case == "plain":
+                    return
+                chosen = masks[0].unsqueeze(1)  # (V * B, 1, H, W), the same in every run
+                noise = 100 * torch.randn(8, 32, 4, 4)
+
+                def disturb(_, args, out):
+                    return out._replace(spatial=torch.where(chosen == (case == "masked"), noise, out.spatial))
+
+                self.average["student"].register_forward_hook(disturb)
+
+        module.ema = Noisy(0.8)
+        fit(module, quiet_trainer(max_steps=1))
+    assert 0 < masks[0].sum() < masks[0].numel() and all(torch.equal(mask, masks[0]) for mask in masks)
+    assert torch.equal(losses["visible"], losses["plain"]) and not torch.allclose(losses["masked"], losses["plain"])
+
+
+@pytest.mark.parametrize(("options", "running"), [({"start": 2}, [2, 3]), ({"weight": 0.0}, []), ({"stop": 1}, [0])])
+def test_only_where_it_has_a_weight_anything_runs(options, running, tiny_student, quiet_trainer):
+    """Counted: forward passes of the average, further ones of the student, and those of the heads of both."""
+    module, calls = build(tiny_student, ibot_weight=1.0, **options), []
+    module.trained["extra"] = torch.nn.Linear(1, 1)
+    module.balance.penalty = lambda: module.trained["extra"](torch.ones(1)).sum()  # something to learn otherwise
+
+    class Count(type(module.ema)):
+        def on_train_start(self, trainer, pl_module):
+            super().on_train_start(trainer, pl_module)
+            watched = {"student": pl_module.student, "average": self.average["student"]}
+            for name, parent in (("head", pl_module.objectives), ("average's head", self.average["objectives"])):
+                watched |= {f"{name} {kind}": head for kind, head in parent["dino"].heads.items()}
+            for name, one in watched.items():
+                one.register_forward_hook(lambda *_, name=name: calls.append((trainer.global_step, name)))
+
+    module.ema = Count(0.8)
+    fit(module, quiet_trainer(max_steps=4))
+    heads = [f"{name} {kind}" for name in ("average's head", "head") for kind in ("dino", "ibot")]
+    for step in range(4):
+        # the student sees its view in any case, then global and local crops
+        expected = ["student"] + (["average", "student", "student", *heads] if step in running else [])
+        assert sorted(name for at, name in calls if at == step) == sorted(expected), step
 
 
 def test_masked_patches_see_the_token_and_nothing_else_changes(tiny_student):
