@@ -279,7 +279,7 @@ def probe(
     run: str | None = None,
     model: list[str] | None = None,
     data: str | None = None,
-    probes: str = "knn,linear,segmentation,zeroshot",
+    probes: str = "knn,linear,zeroshot,retrieval,segmentation,fidelity,geometry",
     out: str | None = None,
     train: int | None = None,
     val: int | None = None,
