@@ -47,7 +47,7 @@ model = dict(
 load = [dict(type="LoadImageFromFile", imdecode_backend="pillow"), dict(type="LoadAnnotations")]
 train_pipeline = [
     *load,
-    dict(type="RandomResize", scale=crop, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomResize", scale=crop, ratio_range=(1.0, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),

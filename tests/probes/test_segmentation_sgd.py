@@ -13,7 +13,7 @@ from agglom.features import Features, InputSpec
 from agglom.probes import Subject
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.gather import splits_of
-from agglom.probes.segmentation_sgd import SegmentationSgdProbe, _loss, polynomial
+from agglom.probes.segmentation_sgd import SegmentationSgdProbe, _loss, _Task, polynomial
 from agglom.probes.segmenters import merge, windows
 from agglom.probes.source import Source
 from agglom.runs import resolve
@@ -93,6 +93,15 @@ def test_the_rate_is_chosen_on_val_and_heads_do_not_meet(shards):
     assert both.protocol["val_miou"]["0.03"] > both.protocol["val_miou"]["1e-08"] + 0.2
 
 
+def test_an_image_is_answered_without_regard_to_its_batch(shards):
+    task = _Task(SegmentationSgdProbe(**{**QUICK, "steps": 3}), subject(shards, Colours()))
+    heads, _ = task.train()
+    images = torch.stack([scene.image for scene in task.read("test")])
+    (together,) = task.predict(heads, images)
+    alone = np.concatenate([next(task.predict(heads, image[None])) for image in images])
+    assert together.shape == (8, 40, 64) and (together == alone).mean() > 0.999
+
+
 def test_fpn_on_a_real_model(scenes):
     probe = SegmentationSgdProbe(head="fpn", steps=4, batch=4, lr=(0.003,))
     model = resolve("tiny:dino")
@@ -107,7 +116,7 @@ def test_fpn_on_a_real_model(scenes):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.tensors())
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (100, 71), (129, 64)])
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (100, 71), (107, 150)])
 def test_windows_are_those_of_mmsegmentation(size):
     pytest.importorskip("agglom.mmseg", reason="needs the extra agglom[mmseg]", exc_type=ImportError)
     from mmseg.models import EncoderDecoder
