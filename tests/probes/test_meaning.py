@@ -203,12 +203,13 @@ def test_a_class_absent_from_train_is_named_and_its_images_count_as_wrong(probe)
 
 
 def several(kind="perfect", shuffle=False):
-    """As `subject`, each image with any number of classes; the features are these classes."""
+    """As `subject`, each image with any number of classes; the features are these classes, and a constant for none."""
     s, features, targets = subject(), {}, {}
     for i, (role, count) in enumerate(SIZES.items()):
         rng = np.random.default_rng(i)
         labels = rng.random((count, K)) < [0.5, 0.3, 0.2, 0.4]
-        summary = np.ones((count, K), np.float32) if kind == "constant" else labels.astype(np.float32) + 0.01
+        summary = np.concatenate([labels, np.ones((count, 1))], 1).astype(np.float32)
+        summary = np.ones_like(summary) if kind == "constant" else summary
         labels = rng.permutation(labels) if shuffle else labels
         features[role] = FeatureSet(summary, summary)
         targets[role] = replace(s.targets[role], labels=labels)
@@ -220,7 +221,9 @@ def test_several_classes_an_image(probe):
     assert probe.missing(several()) is None
     perfect, constant, shuffled = (probe.evaluate(s) for s in (several(), several("constant"), several(shuffle=True)))
     prevalence = several().targets["test"].labels.mean()
-    assert perfect.metrics == pytest.approx({"map": 1.0}) and perfect.resamples["map"].shape == (1000,)
+    # not every combination of classes that is in test is in train, which neighbours can't make up
+    assert perfect.metrics["map"] > (0.98 if probe.name == "knn" else 1 - 1e-6)
+    assert set(perfect.metrics) == {"map"} and perfect.resamples["map"].shape == (1000,)
     assert constant.metrics["map"] == pytest.approx(prevalence) == constant.protocol["chance"]
     low, high = np.quantile(shuffled.resamples["map"], [0.005, 0.995])
     assert low - 0.02 < prevalence < high and shuffled.metrics["map"] < prevalence + 0.08
@@ -229,11 +232,11 @@ def test_several_classes_an_image(probe):
 @each_of_labels
 def test_splits_that_write_labels_in_two_ways(probe):
     """Numbers in one split and lists in another, of which none has the last class."""
-    s = several()
-    single = subject()
+    s, single = several(), subject()
+    with_constant = np.pad(single.features["test"].summary, ((0, 0), (0, 1)), constant_values=1)
     mixed = replace(
         s,
-        features={**s.features, "test": single.features["test"]},
+        features={**s.features, "test": FeatureSet(with_constant, with_constant)},
         targets={
             **s.targets,
             "val": replace(s.targets["val"], labels=s.targets["val"].labels[:, :3]),
