@@ -129,7 +129,7 @@ def test_torchvisions_own_detectors_take_it():
     assert all(torch.equal(tensor, before[name]) and tensor.grad is None for name, tensor in teacher.tensors())
 
 
-def test_the_model_moves_along_but_keeps_its_mode():
+def test_the_model_moves_along_but_keeps_its_mode_and_learns_nothing():
     class Model(nn.Module):
         input = InputSpec(stride=8)
 
@@ -143,6 +143,8 @@ def test_the_model_moves_along_but_keeps_its_mode():
     model = Model().eval()
     backbone = DetectionBackbone(model, channels=8).train()
     assert not model.training and backbone.training and model.conv.weight.requires_grad
+    backbone(torch.rand(2, 3, 32, 32))["0"].square().sum().backward()
+    assert model.conv.weight.grad is None, "asked without gradient"
     assert backbone.to(torch.float64).model.conv.weight.dtype == torch.float64
 
 
