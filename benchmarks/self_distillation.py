@@ -1,6 +1,6 @@
 """What self-distillation adds to several frozen teachers: equal optimiser steps, several seeds.
 
-    python benchmarks/self_distillation.py --data data/scenes --steps 200 --batch-size 16 --train 2000
+    python benchmarks/self_distillation.py --data data/scenes --steps 300 --batch-size 16 --train 2000
 
 A small ViT learns from all three embedded teachers, whose views and its own are shifted against each other. Variants
 add one objective each: dino and ibot, mesa, a Gram anchor, a Gram anchor of twice the resolution. Everything else is
@@ -89,7 +89,7 @@ def table(rows: Mapping[str, Sequence[Row]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, name="self_distillation", steps=200, lr=1e-3).parse_args(arguments)
+    options = parser(__doc__, name="self_distillation", steps=300, lr=1e-3).parse_args(arguments)
     settings = {name: getattr(options, name) for name in ("steps", "batch_size", "lr", "train", "test")}
     results = Results(options.out / "results.json", settings)
     keys = {(name, seed): f"{name}, seed {seed}" for seed in options.seeds for name in CONFIGURATIONS}

@@ -283,6 +283,7 @@ def cheap(path, scenes, run):
         "data.batch_size": 4,
         "data.num_workers": 0,
         "data.val_samples": 32,
+        "trainer.max_steps": 200,
         "trainer.val_check_interval": 40 * micros,
         "trainer.default_root_dir": run,
     }
