@@ -92,8 +92,11 @@ def test_nothing_found_and_nothing_there():
     assert np.isnan(resampled_ap(crowds, found, np.ones((1, 5)))).all()
 
 
-def test_resamples_are_repeated_images():
-    truth, found = some(40, seed=7)
+@pytest.mark.parametrize("classes", [1, 4])
+def test_resamples_are_repeated_images(classes):
+    """With one class, some images have more detections than the 100 that count."""
+    truth, found = some(40, seed=7, classes=classes)
+    assert any((f.labels == 0).sum() > 100 for f in found) == (classes == 1)
     rng = np.random.default_rng(0)
     found = [f._replace(scores=rng.random(len(f.scores))) for f in found]  # where scores tie, their order would count
     draws = rng.integers(40, size=(3, 40))
