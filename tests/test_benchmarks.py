@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from agglom.data.scenes import write_scenes
-from agglom.probes import LinearProbe, SegmentationProbe, runner
+from agglom.probes import LinearProbe, SegmentationProbe, measure
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TEACHERS = {
@@ -49,8 +49,8 @@ def names(table: str) -> list[str]:
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes whose cost doesn't come from the 50,000 pixels and the many strengths of L2 that they fit."""
-    monkeypatch.setitem(runner.PROBES, "segmentation", partial(SegmentationProbe, pixels=400, l2=(0.01,)))
-    monkeypatch.setitem(runner.PROBES, "linear", partial(LinearProbe, l2=(0.01,), features=("mean",)))
+    monkeypatch.setitem(measure.PROBES, "segmentation", partial(SegmentationProbe, pixels=400, l2=(0.01,)))
+    monkeypatch.setitem(measure.PROBES, "linear", partial(LinearProbe, l2=(0.01,), features=("mean",)))
 
 
 def check_tiny_run(module: ModuleType, data: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -89,10 +89,9 @@ def test_a_tiny_self_distillation(variant, benchmark, larger_scenes, tmp_path, m
     module = benchmark("self_distillation")
     some = {name: module.CONFIGURATIONS[name] for name in (module.BASE, variant)}
     monkeypatch.setattr(module, "CONFIGURATIONS", some)
-    run = ["clip"] if variant == "+ gram" else []  # its scores are asked for once, in the shortest run
-    monkeypatch.setattr(module, "TEACHERS", run)
+    monkeypatch.setattr(module, "TEACHERS", ("clip",))
     found = check_tiny_run(module, larger_scenes, tmp_path, monkeypatch)
-    assert found == [*(f"teacher {name}" for name in run), module.UNTRAINED, *some]
+    assert found == ["teacher clip", module.UNTRAINED, *some]
     kept = json.loads((tmp_path / "results.json").read_text())
     rows = [row for key, found in kept.items() if key != "settings" for row in found.values()]
     assert all(0 < row[column] < 2 for row in rows for column in ("cell", "half"))
@@ -201,3 +200,11 @@ def test_the_table_says_spread_and_marks_what_does_not_overlap_with_base(benchma
     assert near.startswith("| near | 70.0 ± 14.1 |")
     assert far.startswith("| far | **90.0 ± 14.1** |")
     assert "**" not in module.table({"base": rows(0.4), "far": rows(0.8)}, TEACHERS)  # one seed has no spread
+
+
+@pytest.mark.slow
+def test_what_probes_cost_is_told_for_each(benchmark, tmp_path):
+    found = benchmark("probes").main(["--quick", "--json", str(tmp_path / "costs.json")])
+    assert list(found) == ["extraction", "heads", "knn, width 16"]
+    assert json.loads((tmp_path / "costs.json").read_text()) == found
+    assert all(value > 0 for costs in found.values() for value in costs.values())
