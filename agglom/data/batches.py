@@ -44,15 +44,17 @@ class Batches(IterableDataset):
         super().__init__()
         self.crops, self.crops_start = crops, crops_start
         self.stream, self.plan, self.micros, self.margin = stream, plan, micros, margin
-        self._first = torch.full((1,), first).share_memory_()  # workers of a second iteration see how far it is
+        self._next = torch.full((1,), first).share_memory_()  # workers of a second iteration see how far it is
+        self._first = self._next.clone().share_memory_()  # of this iteration: some workers start late
 
     def begin(self) -> None:
         """Called before workers start to read."""
+        self._first.copy_(self._next)
         self.stream.begin()
 
     def handed_out(self) -> None:
         """Called for every batch that leaves the loader."""
-        self._first += 1
+        self._next += 1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()

@@ -107,3 +107,17 @@ def test_a_resumed_run_goes_on_in_the_middle_of_a_stage(root, tmp_path, workers)
     assert first.seen + second.seen == whole.seen
     assert data.samples_seen == counted.samples_seen == 3 * 8 + 2 * 8 + 2 * 6
     assert [step for step, *_ in second.seen] == [4, 4, 5, 5, 6, 6]
+
+
+def test_a_worker_that_starts_late_begins_where_the_others_did(root):
+    """What was handed out meanwhile counts for the next iteration, not for this one."""
+    data = module(root, num_workers=0, stages=STAGES)
+    data.setup("fit")
+    batches = data.train_dataloader().source
+    batches.begin()
+    late = iter(batches)
+    for _ in range(3):
+        batches.handed_out()
+    assert next(late)["part"].stage == 0
+    batches.begin()
+    assert next(iter(batches))["part"].stage == 1
