@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from agglom.probes.segmentation_sgd import SegmentationSgdProbe
 from agglom.probes.source import Source
 from agglom.probes.towers import CachedText
 from agglom.probes.zeroshot import ZeroShotProbe
+
+log = logging.getLogger("agglom.probes")
 
 PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "detection": DetectionProbe,
@@ -110,6 +113,10 @@ def measure(
     got.places |= {tower.place for tower in speaking.values()}
     subjects = _subjects(models, got, source, plan, speaking, random, rows, seed)
     results, skipped, seconds = _evaluate(built, subjects)
+    for warning in sorted(
+        {r.protocol["warning"] for by in results.values() for r in by.values() if "warning" in r.protocol}
+    ):
+        log.warning("%s: %s", data, warning)
     return Measured(built, source, plan, got, subjects, results, skipped, seconds, extraction)
 
 

@@ -59,6 +59,8 @@ def test_embeddings_are_kept_for_the_same_tower_and_texts(tmp_path):
     again = CachedText(second, tmp_path)
     asked = len(second.asked)
     assert torch.equal(embed(again, texts), a) and len(second.asked) == asked, "read, not computed"
+    assert torch.equal(embed(again, texts[255::-1]), a[:256].flip(0)) and len(second.asked) == asked + 256
+    asked += 256
     assert not torch.equal(embed(again, texts[::-1]), a) and len(second.asked) == asked + 300
     assert CachedText(other, tmp_path).place != again.place
     model = torch.nn.Linear(2, 2)
