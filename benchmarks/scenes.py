@@ -150,6 +150,7 @@ def probe(
     return {
         name: {column: found[column][metric] for column, metric in columns.items() if column in found}
         for name, found in report["models"].items()
+        if name in models  # and not once more through each adaptor
     }
 
 
