@@ -66,10 +66,10 @@ class DetectionProbe(Probe):
         channels: int = 64,
         convs: int = 1,
         steps: int = 100,
-        batch: int = 16,
+        batch: int = 8,
         lr: Sequence[float] = (0.003,),
         weight_decay: float = 0.05,
-        images: int | None = 500,
+        images: int | None = 300,
     ) -> None:
         if detector not in KINDS:
             raise UserError(f"detector: {detector!r}; {nearest(detector, KINDS)}")
