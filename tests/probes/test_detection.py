@@ -99,10 +99,12 @@ def test_perfect_maps_detect(pictures):
             assert any(label == t[4] and np.abs(np.subtract(box, t[:4])).max() < 5 for t in truth)
 
 
+@pytest.mark.slow
 def test_constant_maps_detect_nothing(pictures):
     assert DetectionProbe(**QUICK).evaluate(subject(pictures, Model(constant=True))).metrics["ap50"] < 0.1
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_found_but_not_known(tmp_path):
     """Of three classes one in three guesses is right at best."""
     scores = DetectionProbe(**QUICK).evaluate(subject(write(tmp_path, shuffle=True), Model())).metrics
@@ -250,6 +252,7 @@ def test_bad_options():
             DetectionProbe(**options)
 
 
+@pytest.mark.slow
 def test_in_a_report_with_images_larger_than_the_models(tmp_path):
     """From shards of 48 x 64 pixels to report.json, with scores in their pixels; the classes are counted."""
     data = write(tmp_path / "data", classes=None, height=48, width=64)
