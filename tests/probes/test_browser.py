@@ -167,7 +167,7 @@ def write_run(run: Path, rng: np.random.Generator) -> None:
         "key": "00001", "caption": "a red bag <b>", "label": ["bag"],
         "zeroshot": {"student": [["bag", 0.4], ["coat", 0.2]]}, "retrieval": {"student": [["a bag", 0.3]]},
         "neighbours": {n: near for n in ("student", *teachers)},
-        "boxes": {"detection": {"student": {"size": [16, 16], "truth": [[box, 1, 0]], "found": [[box, 1, 0.7]]}}},
+        "boxes": {"detection": {"student": {"size": [12, 16], "truth": [[box, 1, 0]], "found": [[box, 1, 0.7]]}}},
     }  # fmt: skip
     report = {
         "schema_version": 1, "student": "student", "teachers": teachers, "random": "random", "models": scores,
@@ -199,7 +199,7 @@ def write_run(run: Path, rng: np.random.Generator) -> None:
     masks = rng.integers(0, 2, (2, 16, 16)).astype(np.uint8)
     pictures.save(
         run / "probes",
-        {"images/test": images, "photos/0": images[0], "photos/1": images[1], "masks/truth": masks}
+        {"images/test": images, "photos/0": images[0, :12], "photos/1": images[1, :12], "masks/truth": masks}
         | {f"pca/{n}": images for n in (*models, *through)} | {f"masks:segmentation/{n}": masks for n in models}
         | {"neighbours/train": np.concatenate([images, images])},
     )  # fmt: skip
@@ -248,14 +248,14 @@ def test_axe_finds_nothing_serious(browser, pages, width, dark):
 
 
 def test_boxes_lie_where_they_should(browser, pages):
-    """The box of the made-up report goes from (1, 2) to (9, 12) on an image of 16 x 16 pixels."""
+    """The box of the made-up report goes from (1, 2) to (9, 12) on an image 16 pixels wide and 12 high."""
     browser.show(pages[0], width=800)
     image, box = browser.run(
         "['.boxes .frame img', '.boxes .frame rect'].map(s => document.querySelector(s).getBoundingClientRect())"
         ".map(r => [r.left, r.top, r.width, r.height])"
     )
     left, top, width, height = image
-    expected = [left + width / 16, top + 2 * height / 16, width * 8 / 16, height * 10 / 16]
+    expected = [left + width / 16, top + 2 * height / 12, width * 8 / 16, height * 10 / 12]
     np.testing.assert_allclose(box, expected, atol=3)
 
 

@@ -47,7 +47,7 @@ def write(root, counts, change=lambda s: s, drop=()):
         rows = [{k: v for k, v in change(sample(at + i)).items() if k not in drop} for i in range(count)]
         splits[split] = [write_shard(root / f"{split}-000000.tar", rows)]
         at += count
-    write_index(root, splits, classes=CLASSES, seg_classes=("background", *CLASSES))
+    write_index(root, splits, classes=CLASSES, seg_classes=("background", *CLASSES), licence=EVIL)
     return root
 
 
@@ -169,7 +169,7 @@ def test_a_few_samples_of_a_split(data, rows, unreadable):
     got = Gathered(targets={"train": Targets(keys)})
     plan = {"train": {"split": "train", "rows": rows, "unreadable": unreadable}}
     found = SimpleNamespace(plan=plan, got=got, source=Source.open(data))
-    wanted = [len(keys) - 1, 0, 7, 8]
+    wanted = [len(keys) - 1, 0, len(keys) // 2, 11]  # ends of the split, the first sample of a stretch, one inside
     for row, stored in zip(wanted, fetch(found, "train", wanted), strict=True):
         assert stored["key"] == keys[row]
         np.testing.assert_array_equal(np.asarray(stored["image"]).transpose(1, 2, 0), shown(int(keys[row])))
@@ -180,6 +180,7 @@ def test_markdown_is_what_github_renders(report):
     text = (report / "report.md").read_text()
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     kinds = [token.type for token in tokens]
+    assert "alert(1)" in text  # the licence says so
     assert kinds.count("table_open") == len(re.findall(r"^\| ---", text, re.M)) > 6
     inline = [child.type for token in tokens if token.children for child in token.children]
     assert "html_block" not in kinds and "html_inline" not in inline and "link_open" not in inline
