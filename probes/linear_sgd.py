@@ -12,7 +12,8 @@ n = 1 is what the model itself answers, and all that CNNs and adaptors have. Inp
 (a frozen batch norm without affine part, He et al. 2022, appendix A.1), so that one grid of rates fits any model.
 
 Memory. Rows are read batch by batch from where they are (on disk, mapped), so beside them there are the heads alone:
-8 bytes x K x the sum of (rates x D) over the inputs, on the model's device, and temporaries that don't grow with N.
+8 bytes x K x the sum of (rates x D) over the inputs, on the model's device, and temporaries that don't grow with N;
+with several classes an image also the scores of the val rows by the heads of one input, 4 bytes x N x rates x K.
 """
 
 from __future__ import annotations

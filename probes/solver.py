@@ -47,17 +47,14 @@ class Standardise(NamedTuple):
         """From (N, D), N >= 1, or from (N, ...) with D numbers a row."""
         count, width = len(x), x[0].numel()
         total, squares, absolute = torch.zeros(3, width, dtype=torch.float64, device=x.device)
-        centre = x[0].flatten().double()  # near the mean: squares of what is left don't drown in rounding
         for rows in chunks(count, 4 * width):
-            some = x[rows].flatten(1).double()
+            some = x[rows].flatten(1).double()  # so that squares of a large mean don't drown the rest
             absolute += some.abs().sum(0)
-            some -= centre
             total += some.sum(0)
             squares += some.square_().sum(0)
         std = (squares / count - (total / count).square()).clamp_min(0).sqrt()
         constant = std <= 1e-6 * (absolute / count).clamp_min(1e-12)
-        mean = centre + total / count
-        return cls(mean.to(x.dtype), torch.where(constant, torch.inf, std).to(x.dtype))
+        return cls((total / count).to(x.dtype), torch.where(constant, torch.inf, std).to(x.dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""

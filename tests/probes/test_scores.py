@@ -117,6 +117,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     chunked = Standardise.of(x.view(150, 2, 3))
     torch.testing.assert_close(chunked.mean, scale.mean)
     torch.testing.assert_close(chunked.std, scale.std)
+    torch.testing.assert_close(scale.mean, x.mean(0))
     torch.testing.assert_close(scale.std, x.std(0, correction=0))
     torch.testing.assert_close(scale.into(x.clone()), scale(x))
 
