@@ -11,6 +11,7 @@ from agglom.probes import wording as w
 from agglom.probes.charts import palette
 from agglom.probes.page import Section, folded, picture, strip
 
+BOXES = 5  # of a model and an image: more hide each other
 Saved = Mapping[str, Mapping[str, np.ndarray]]
 
 
@@ -131,27 +132,21 @@ def boxes(report: w.Report, saved: Saved) -> Section:
     rows = []
     classes = report["data"]["classes"]
     for i, example in enumerate(report["examples"]):
-        for probe, by in example.get("boxes", {}).items():
+        for by in example.get("boxes", {}).values():
             if str(i) not in photos or not by:
                 continue
             first = next(iter(by.values()))
             truth = [(box, label) for box, label, *_ in first["truth"]]
             figures = [_framed(photos[str(i)], first["size"], truth, "ground truth", "truth", classes)]
-            figures += [
-                _framed(
-                    photos[str(i)],
-                    found["size"],
-                    found["found"],
-                    w.shown_name(report, name),
-                    w.tone(report, name),
-                    classes,
-                )
-                for name, found in by.items()
-            ]
-            rows.append(
-                f'<h3>{_caption(example)}</h3><div class="boxes" data-probe="{escape(probe)}">{"".join(figures)}</div>'
-            )
-    body = "<p>What a detector on each frozen backbone finds, with its scores, beside the truth.</p>"
+            for name, found in by.items():
+                best = sorted(found["found"], key=lambda entry: -entry[2])[:BOXES]
+                shown, tone = w.shown_name(report, name), w.tone(report, name)
+                figures.append(_framed(photos[str(i)], found["size"], best, shown, tone, classes))
+            rows.append(f'<h3>{_said(example)}</h3><div class="boxes">{"".join(figures)}</div>')
+    body = (
+        f"<p>What a detector on each frozen backbone finds, beside the truth: its {BOXES} best boxes at most, with "
+        "their scores.</p>"
+    )
     return Section("boxes", "Boxes", body + "".join(rows) if rows else "")
 
 
@@ -179,8 +174,11 @@ def _shown(report: w.Report, saved: Saved) -> list[tuple[Mapping[str, Any], np.n
 
 def _caption(example: Mapping[str, Any]) -> str:
     label = f'<br><span class="dim">label: {escape(", ".join(example["label"]))}</span>' if example["label"] else ""
-    said = f"“{escape(example['caption'])}”" if example["caption"] else f"<code>{escape(example['key'])}</code>"
-    return said + label
+    return _said(example) + label
+
+
+def _said(example: Mapping[str, Any]) -> str:
+    return f"“{escape(example['caption'])}”" if example["caption"] else f"<code>{escape(example['key'])}</code>"
 
 
 def _alt(example: Mapping[str, Any]) -> str:

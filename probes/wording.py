@@ -20,6 +20,7 @@ METRICS = {
 PARTS = {
     "r1": "R@1", "r5": "R@5", "r10": "R@10", "mse": "relative error", "cka": "CKA", "rankme": "RankMe",
     "std": "spread", "top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "ap75": "AP75", "ar": "AR",
+    "ar1": "AR@1", "ar10": "AR@10", "ar100": "AR@100",
 }  # fmt: skip
 ABOUT = {  # what a probe asks, in a sentence or two
     "knn": "The class of the most similar train images, by a vote.",
@@ -173,7 +174,8 @@ def how(report: Report, probe: str, names: Sequence[str]) -> str:
         "Features: " + "; ".join(f"{said} ({', '.join(of)})" if several else said for said, of in used.items()) + "."
     ] * bool(used)
     words += [f"{k.capitalize()}: {first[k]}." for k in SAID if first.get(k)]
-    if grid := first.get("grid"):
+    grid = first.get("grid") or {}
+    if any(isinstance(values, list) and len(values) > 1 for values in grid.values()):
         words.append(f"Tried on val: {shorten(plain(grid), 160)}.")
     edge = [shown_name(report, n) for n in names if entry[n].get("at_edge")]
     if edge:
