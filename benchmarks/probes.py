@@ -42,12 +42,12 @@ Timed = dict[str, Any]
 
 
 class Model(nn.Module):
-    """A ViT-Ti/16 as a backbone."""
+    """A ViT-Ti/16 as a backbone, at this many pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.student = TimmStudent(name="vit_tiny_patch16_224").eval()
+        self.student = TimmStudent(name="vit_tiny_patch16_224", kwargs={"img_size": size}).eval()
         self.input = self.student.input
 
     def forward(self, images: torch.Tensor) -> Features:
@@ -95,7 +95,7 @@ def pictures(root: Path, count: int) -> Path:
 def extraction(data: Path, split: str, rounds: int, count: int) -> Timed:
     """Extraction of one model against the bare loop over the same images."""
     source = Source.open(data, fields=("cls",), limits={split: count})
-    model = Model()
+    model = Model(64)
 
     def bare() -> tuple[np.ndarray, np.ndarray]:
         kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -142,7 +142,7 @@ def synthetic(rows: int, width: int, blocks: int = 0, classes: int = 10) -> Subj
 
     counts = {"train": rows, "val": 512, "test": 512}
     targets = {r: Targets([""] * n, rng.integers(0, classes, n)) for r, n in counts.items()}
-    return Subject("m", Model(), {r: features(n) for r, n in counts.items()}, targets)
+    return Subject("m", Model(224), {r: features(n) for r, n in counts.items()}, targets)
 
 
 def heads(rows: int, steps: int, rounds: int) -> Timed:
@@ -193,22 +193,25 @@ def main(argv: list[str] | None = None) -> dict[str, Timed]:
         args.rounds, args.images, args.steps, args.bank = 1, 16, 4, 256
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     result: dict[str, Timed] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        data = args.data or pictures(Path(folder), args.images)
-        result["extraction"] = extraction(data, args.split, args.rounds, args.images)
-    result["heads"] = heads(64 if args.quick else 4096, args.steps, args.rounds)
-    for width in (16,) if args.quick else (192, 384, 1024):
-        result[f"knn, width {width}"] = neighbours(args.bank, width, args.rounds)
-    for name, found in result.items():
+
+    def tell(name: str, found: Timed) -> None:
+        result[name] = found
         print(
             f"{name}: {found['ours_s']:.3f} s against {found['bare_s']:.3f} s, ratio {found['ratio']:.2f} "
-            f"({found['ratio_cpu']:.2f} in CPU time)"
+            f"({found['ratio_cpu']:.2f} in CPU time)",
+            flush=True,
         )
-    found = result["heads"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = args.data or pictures(Path(folder), args.images)
+        tell("extraction", extraction(data, args.split, args.rounds, args.images))
+    tell("heads", found := heads(64 if args.quick else 4096, args.steps, args.rounds))
     print(
         f"heads with the features' {found['features_s']:.1f} s: ratio {found['with_features']:.2f} "
         f"({found['with_features_cpu']:.2f} in CPU time)"
     )
+    for width in (16,) if args.quick else (192, 384, 1024):
+        tell(f"knn, width {width}", neighbours(args.bank, width, args.rounds))
     print(f"load {os.getloadavg()[0]:.1f}, {torch.get_num_threads()} threads")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

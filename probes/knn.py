@@ -103,13 +103,16 @@ def nearest(
         similarities (q, k), descending, and bank rows (q, k), on the device; q is `query_chunk`, or less at the end.
     """
     scale = torch.cat([inverse_norms(rows) for rows in bank.split(bank_chunk)]).to(device)
+    space = bank.new_empty(min(query_chunk, len(queries)) * min(bank_chunk, len(bank)), device=device)
     for queried in queries.split(query_chunk):
         chunk = queried.to(device)
         chunk = chunk * inverse_norms(chunk)[:, None]
         best = chunk.new_empty(len(chunk), 0)
         rows = torch.empty(len(chunk), 0, dtype=torch.long, device=device)
         for start in range(0, len(bank), bank_chunk):
-            block = chunk @ bank[start : start + bank_chunk].to(device).T
+            some = bank[start : start + bank_chunk].to(device)
+            # always the same memory: fresh pages for every block cost as much as a narrow product
+            block = torch.mm(chunk, some.T, out=space[: len(chunk) * len(some)].view(len(chunk), len(some)))
             block *= scale[start : start + bank_chunk]
             found, at = largest(block, min(k, block.shape[1]))
             best, rows = torch.cat([best, found], 1), torch.cat([rows, at + start], 1)
