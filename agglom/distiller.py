@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Callable, Mapping, Sequence, cast
 
 import lightning.pytorch as pl
@@ -248,9 +248,14 @@ class Distiller(pl.LightningModule):
         frames = self.frames(images, batch.get("part") if training else None, key)
         keys = [f"{kind}/{key}" for key in batch["key"]] if self.memories else ()
         targets = self.targets(frames, place.names, place.others, keys, batch)
-        with torch.no_grad() if place.frozen else nullcontext():
-            student = self.student(frames.student, self.taps)
-        losses = self.losses(student, targets, {name: frames.offset(name) for name in targets})
+
+        @cache  # nobody may ask: without teachers, objectives over crops alone don't
+        def student() -> StudentFeatures:
+            with torch.no_grad() if place.frozen else nullcontext():
+                return cast(StudentFeatures, self.student(frames.student, self.taps))
+
+        offsets = {name: frames.offset(name) for name in targets}
+        losses = self.losses(student(), targets, offsets) if targets else {}
         per_image = torch.zeros(len(self.names), len(images), device=images.device)  # (T, B)
         rows = {name: self.heads[name].combine(found) for name, found in losses.items()}
         if rows:
@@ -282,7 +287,7 @@ class Distiller(pl.LightningModule):
         )  # fmt: skip
 
     def _objectives(
-        self, batch: dict[str, Any], frames: Frames, student: StudentFeatures, place: Place
+        self, batch: dict[str, Any], frames: Frames, student: Callable[[], StudentFeatures], place: Place
     ) -> dict[str, tuple[float, Tensor]]:
         """Name -> (weight, per-image loss) of the objectives that run at this step; the others are not called."""
         running = {}
@@ -348,7 +353,7 @@ class Distiller(pl.LightningModule):
         weights: Tensor,
         targets: dict[str, Features],
         terms: Tensor,
-        student: StudentFeatures,
+        student: Callable[[], StudentFeatures],
         extra: dict[str, tuple[float, Tensor]],
     ) -> None:
         """Queue the metrics; only in a step that is logged the host waits for the device."""
@@ -374,28 +379,24 @@ class Distiller(pl.LightningModule):
                 for line in objective.alarms(numbers, since):
                     log.warning("step %d: model.objectives.%s: %s", self.global_step, name, line)
         else:
-            self.ranks["summary"].update(student.summary.flatten(1))
-            self.ranks["spatial"].update(student.spatial.movedim(1, -1))
+            self.ranks["summary"].update(student().summary.flatten(1))
+            self.ranks["spatial"].update(student().spatial.movedim(1, -1))
         self.log_dict(
             metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=per_image.shape[1]
         )
 
     def _diagnosis(
-        self, weights: Tensor, targets: dict[str, Features], terms: Tensor, student: StudentFeatures
+        self, weights: Tensor, targets: dict[str, Features], terms: Tensor, seen: Callable[[], StudentFeatures]
     ) -> dict[str, Tensor]:
         """Of each teacher: weight, share of the images kept, scale of the targets, share of the gradient."""
         metrics: dict[str, Tensor] = {}
         kept, shares = self.balance.kept_share(), weights.mean(1)
         often, logged = self.gradient_shares_every, self.trainer.log_every_n_steps
         pulls = None
-        if (
-            targets
-            and often
-            and (self.global_step + 1) // logged % max(1, often // logged) == 0
-            and student.spatial.requires_grad
-        ):
-            with torch.enable_grad():
-                pulls = gradient_shares(list(terms), student)
+        if targets and often and (self.global_step + 1) // logged % max(1, often // logged) == 0:
+            if (student := seen()).spatial.requires_grad:
+                with torch.enable_grad():
+                    pulls = gradient_shares(list(terms), student)
         for index, name in enumerate(self.names):
             if name not in targets:
                 continue

@@ -22,7 +22,8 @@ class Scene:
 
     Attributes:
         batch: as the data module made it, images in [0, 1].
-        features: the student's, of the view that it shares with the frozen teachers; with gradient.
+        features: gives the student's, of the view that it shares with the frozen teachers; with gradient. They are
+            computed once a step, and only if somebody asks.
         student: the student, for further views.
         average: an EMA copy of all that is trained, such as `average["student"]`. No gradient.
         frame: name -> (view (B, 3, r, r), shift (B, 2) in cells of the student's grid or None): a view of the same
@@ -36,7 +37,7 @@ class Scene:
     """
 
     batch: dict[str, Any]
-    features: StudentFeatures
+    features: Callable[[], StudentFeatures]
     student: nn.Module
     average: nn.ModuleDict
     frame: Callable[[str], tuple[Tensor, Tensor | None]]

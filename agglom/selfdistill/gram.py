@@ -57,5 +57,5 @@ class GramAnchor(Objective):
         with torch.no_grad():
             anchor = scene.snapshot("gram_anchor", self.refresh_every)
             target = anchor(resize(view, size, "bicubic")).spatial.float()
-        ours = scene.features.spatial
+        ours = scene.features().spatial
         return gram(ours, align(target, sides(ours)), clip_negative=self.clip_negative)

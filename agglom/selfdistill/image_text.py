@@ -124,7 +124,7 @@ class ImageText(Objective):
         captions = self._drawn(scene.batch["txt"], scene.key)
         ids = cast(Any, self.teacher).text.tokenize(captions)  # (B, length)
         counts = torch.tensor([caption != "" for caption in captions])
-        summary = scene.features.summary[:, self.token]
+        summary = scene.features().summary[:, self.token]
         tokens, codes, counts = (x.to(summary.device, non_blocking=True) for x in (ids, _codes(ids), counts))
         if self.encoder is None:
             texts = self.network(tokens)

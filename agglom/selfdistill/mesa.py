@@ -25,6 +25,6 @@ class Mesa(Objective):
         view, shift = scene.frame("mesa")
         with torch.no_grad():
             target = scene.average["student"](view).spatial
-        ours = scene.features.spatial
+        ours = scene.features().spatial
         prediction, target, mask = meet(layer_norm(ours), layer_norm(target), "teacher", shift, sides(ours))
         return mse(prediction, target, mask)

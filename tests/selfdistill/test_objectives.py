@@ -57,7 +57,7 @@ class Record(Objective):
 
     def forward(self, scene):
         self.steps.append(scene.step)
-        return self.layer(scene.features.summary[:, 0]).squeeze(1)
+        return self.layer(scene.features().summary[:, 0]).squeeze(1)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,22 @@ def test_before_its_start_it_adds_no_forward_call(tiny_student, tiny_teachers, q
     module.ema = Count(0.9)
     fit(module, quiet_trainer(max_steps=6))
     assert calls == [3, 4, 5]
+
+
+class Blind(Record):
+    """Looks at nothing of the student but a weight of its own."""
+
+    def forward(self, scene):
+        return self.layer.bias.expand(len(scene.batch["image"]))
+
+
+@pytest.mark.parametrize(("objective", "passes"), [(Blind, 0), (Record, 1)])
+def test_the_shared_view_is_seen_only_if_somebody_asks(tiny_student, quiet_trainer, objective, passes):
+    module = build(tiny_student, lambda: {}, {"note": objective, "again": objective}, names=())
+    calls = []
+    module.student.register_forward_hook(lambda *_: calls.append(module.global_step))
+    fit(module, quiet_trainer(max_steps=2))
+    assert calls == [step for step in range(2) for _ in range(passes)]
 
 
 def test_weight_0_never_runs(tiny_student, tiny_teachers, quiet_trainer):

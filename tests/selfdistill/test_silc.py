@@ -180,7 +180,7 @@ def test_equal_and_missing_captions_are_told_apart_by_their_tokens():
 
     def run(texts, rows):
         scene = SimpleNamespace(
-            batch={"txt": texts}, features=SimpleNamespace(summary=features[rows]), key=(0,), step=0
+            batch={"txt": texts}, features=lambda: SimpleNamespace(summary=features[rows]), key=(0,), step=0
         )
         return objective(scene)
 
