@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agglom.probes.solver import Standardise
 
-RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
+RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 FOLDS = 5
 
 
@@ -18,8 +18,9 @@ class PositionFit(NamedTuple):
     """A linear map from features to positions.
 
     Attributes:
-        scale: of the training features.
-        weight: (D, 2) float64, for standardised features.
+        scale: of the training features, the same for all channels: a channel that hardly ever speaks is not made loud,
+            or the one test cell in which it does would decide.
+        weight: (D, 2) float64, for features so scaled.
         mean: (2,) the training cells' mean position.
         ridge: the strength that was chosen.
     """
@@ -31,14 +32,14 @@ class PositionFit(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, where: Tensor, ridges: Sequence[float] = RIDGES) -> PositionFit:
-        """Minimise the mean of ||W'x - y||^2 plus ridge ||W||^2 on standardised features.
+        """Minimise the mean of ||W'x - y||^2 plus ridge ||W||^2, features centred and of mean variance 1.
 
         Args:
             x: (n, m, D) features of m cells of n images, n > 1.
             where: (n, m, 2) their positions.
             ridges: candidates, strongest first; images are dealt into 5 folds and the best mean error wins.
         """
-        scale, mean = Standardise.of(x.flatten(0, 1)), where.flatten(0, 1).double().mean(0)
+        scale, mean = _one_scale(Standardise.of(x.flatten(0, 1))), where.flatten(0, 1).double().mean(0)
         count = min(FOLDS, len(x))
         grams, moments = [], []
         for fold in range(count):
@@ -59,6 +60,13 @@ class PositionFit(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) -> positions (..., 2) float64."""
         return self.scale(x).double() @ self.weight + self.mean
+
+
+def _one_scale(each: Standardise) -> Standardise:
+    """The root mean square of the channels' deviations for all of them; constant channels stay 0."""
+    varies = each.std.isfinite()
+    common = each.std[varies].square().mean().sqrt()
+    return Standardise(each.mean, torch.where(varies, common, torch.inf))
 
 
 def _solve(gram: Tensor, moment: Tensor, cells: int, ridges: Sequence[float]) -> list[Tensor]:

@@ -66,7 +66,7 @@ class SegmentationSgdProbe(Probe):
         crop: int | None = None,
         steps: int = 500,
         batch: int = 16,
-        lr: Sequence[float] = (0.001, 0.003, 0.01),
+        lr: Sequence[float] = (0.001, 0.003, 0.01, 0.03),
         weight_decay: float = 1e-4,
     ) -> None:
         for key, value, valid in (("head", head, HEADS), ("inference", inference, INFERENCE)):

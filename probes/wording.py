@@ -241,7 +241,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("data licence", data["licence"] or "not stated"), ("splits", splits),
         ("limits", plain(data.get("limits") or {}) or "none"),
         ("image size", f"{data['size']} px" if data["size"] else "as stored"),
-        ("intervals", f"{100 * made['bootstrap'].get('level', 0.95):.0f} %, {made['bootstrap']['resamples']} bootstrap "
+        ("intervals", f"{100 * made['bootstrap'].get('level', 0.95):.0f} %, {_resamples(report)} bootstrap "
                       f"resamples over {made['bootstrap']['over']}"),
         ("seed", str(made["seed"])),
         ("device", plain(made.get("device") or {}).replace("_", " ") or "not stated"),
@@ -249,6 +249,19 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("wall time", f"{seconds['total']:.0f} s: features {seconds['extraction']:.0f} s; {probes}"),
         ("report schema", f"version {report['schema_version']}"),
     ]  # fmt: skip
+
+
+def _resamples(report: Report) -> str:
+    """Their number, and that of the probes that have another."""
+    own = {
+        probe: found["resamples"]
+        for probe, about in report["protocol"].items()
+        for found in about["models"].values()
+        if "resamples" in found
+    }
+    return ", ".join(
+        [str(report["provenance"]["bootstrap"]["resamples"]), *(f"{title(p)} {n}" for p, n in own.items())]
+    )
 
 
 MODEL_HEAD = ("Model", "Role", "Parameters", "Input", "Normalisation", "Weights", "Fingerprint")

@@ -13,7 +13,7 @@ from agglom.probes import GeometryProbe, Subject
 from agglom.probes.cells import draw_cells, positions, read_cells
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.geometry import rank_me
-from agglom.probes.position import RIDGES, PositionFit
+from agglom.probes.position import RIDGES, PositionFit, position_errors, r2
 from agglom.probes.statistics import interval
 
 GRID, STRIDE = 6, 8
@@ -93,14 +93,25 @@ def test_position_told_outright_and_not_at_all():
     assert half.metrics["position_r2"] == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_channel_that_spoke_once_does_not_decide():
+    """One in 6,000 train cells has 1e-3 there, a test cell 1: the others' place is still told."""
+    torch.manual_seed(0)
+    where = torch.rand(100, 60, 2) * 2 - 1
+    x = torch.cat([where, torch.zeros(100, 60, 1)], -1)
+    x[7, 3, 2] = 1e-3
+    fit, seen = PositionFit.of(x, where), x.clone()
+    seen[0, 0, 2] = 1.0
+    assert r2(position_errors(fit, seen, where).mean(0)) > 0.99
+
+
 def test_ridge_and_its_choice_are_scikit_learns():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(23, 3, 40)) * np.logspace(-1, 1, 40)
     where = rng.uniform(-1, 1, (23, 3, 2))
-    x[..., :2] += 0.3 * where  # weak, among much noise, few cells: the strength matters
+    x[..., -2:] += 3 * where  # weak, among much noise, few cells: the strength matters
     fit = PositionFit.of(torch.from_numpy(x).float(), torch.from_numpy(where).float())
     flat, y = x.reshape(-1, 40), where.reshape(-1, 2)
-    z, fold = (flat - flat.mean(0)) / flat.std(0), np.repeat(np.arange(23) % 5, 3)
+    z, fold = (flat - flat.mean(0)) / np.sqrt(flat.var(0).mean()), np.repeat(np.arange(23) % 5, 3)
     centred = y - y.mean(0)
 
     def solve(rows, ridge):
