@@ -1,29 +1,56 @@
-"""The README's own words: its YAML passes the check, its files exist, its table names every recipe."""
+"""The README's and the documentation's own words: YAML passes the check, files exist, tables name everything."""
 
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from agglom.checks import check_config, numbers, read_yaml
-from agglom.cli import COMMANDS
+from agglom.cli import COMMANDS, main
+from agglom.probes import PROBES
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_links_and_files_exist():
-    prose = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+def blocks(language, text=TEXT):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_files_exist(page, capsys):
+    text = page.read_text()
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
-        assert (ROOT / target).exists(), target
-    for command in re.findall(r"^agglom (\S+) (.*)$", "\n".join(blocks("bash")), re.MULTILINE):
-        assert command[0] in COMMANDS, command
-        for path in re.findall(r"configs/\S+\.yaml", command[1]):
+        assert (page.parent / target).exists(), target
+    helps = {}
+    for name, rest in re.findall(r"^agglom (\S+) (.*)$", "\n".join(blocks("bash", text)), re.MULTILINE):
+        assert name in COMMANDS, name
+        for path in re.findall(r"configs/\S+\.yaml", rest):
             assert (ROOT / path).is_file(), path
+        if name in ("probe", "export", "cache", "report"):
+            if name not in helps:
+                with pytest.raises(SystemExit):
+                    main([name, "--help"])
+                helps[name] = capsys.readouterr().out
+            for option in re.findall(r"(?<= )--\w+", rest.split("#")[0]):
+                assert option in helps[name], f"{name} {option}"
+
+
+def test_every_probe_is_in_the_table_of_probes():
+    assert set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "probes.md").read_text(), re.MULTILINE)) == set(PROBES)
+
+
+def test_probes_while_training_pass_the_check():
+    config = read_yaml(ROOT / "configs" / "demo.yaml")[0]
+    (text,) = blocks("yaml", (ROOT / "docs" / "probes.md").read_text())
+    config["trainer"] |= yaml.safe_load(text)["trainer"]
+    config["data"]["data"] = "nowhere"
+    assert [line.split(": ")[0] for line in check_config(config)] == ["data.data"]
 
 
 def test_the_demo_is_the_file_without_its_comments():
