@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any, Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from agglom.data.index import EXTENSIONS, Index
+from agglom.data.pictures import Picture, decode_image, is_jpeg, open_picture
 from agglom.errors import UserError, nearest
 
 
@@ -30,12 +29,13 @@ def check_fields(index: Index, split: str, fields: Sequence[str]) -> None:
             raise UserError(f"{index.root}: samples of split {split!r} have no field {name!r}; they have: {have}")
 
 
-def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+def decode_sample(raw: Mapping[str, Any], fields: Sequence[str], *, whole: bool = True) -> dict[str, Any]:
     """One sample as webdataset groups it -> its key and the fields asked for.
 
     Args:
         raw: extension -> bytes, `__key__`, `__url__`.
         fields: any of image, cls, txt, seg, boxes.
+        whole: decode the image; False leaves a JPEG to the view that it is for, as a `Picture`.
 
     Returns:
         `key` str, `shard` str (the shard's file name), `image` uint8 (3, H, W) RGB, `cls` int, or list[int] where a
@@ -52,7 +52,8 @@ def decode_sample(raw: Mapping[str, Any], fields: Sequence[str]) -> dict[str, An
         if extension is None:
             have = ", ".join(n for n, exts in EXTENSIONS.items() if any(e in raw for e in exts)) or "none"
             raise UserError(f"{raw['__url__']}: sample {raw['__key__']} has no field {name!r}; it has: {have}")
-        sample[name] = _DECODE[name](raw[extension])
+        data = raw[extension]
+        sample[name] = Picture(data) if name == "image" and not whole and is_jpeg(data) else _DECODE[name](data)
     return sample
 
 
@@ -61,30 +62,8 @@ def image_bytes(raw: Mapping[str, Any]) -> bytes:
     return next(raw[extension] for extension in EXTENSIONS["image"] if extension in raw)
 
 
-def decode_image(data: bytes) -> Tensor:
-    """Encoded image -> uint8 (3, H, W) RGB: upright by its EXIF tag, transparency over white, 16 bits brought to 8."""
-    with _open(data) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its message names a buffer in memory
-        raise ValueError(f"{len(data)} bytes that are no picture") from None
-
-
 def _decode_seg(data: bytes) -> Tensor:
-    with _open(data) as image:
+    with open_picture(data) as image:
         if image.mode not in ("L", "P"):  # a palette's indices are the labels
             raise ValueError(f"mask of mode {image.mode}, wanted 8-bit grey or palette")
         return torch.from_numpy(np.array(image))

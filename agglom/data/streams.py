@@ -27,6 +27,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from agglom.data.crops import MultiCrop
 from agglom.data.index import Index, ShardInfo, open_read, read_index
+from agglom.data.pictures import Broken
 from agglom.data.samples import check_fields, decode_sample
 from agglom.data.views import View, Window
 from agglom.errors import UserError
@@ -75,6 +76,10 @@ def train_stream(
     world_size: int | None = None,
 ) -> TrainStream:
     """An endless, shuffled stream of decoded samples; every rank and worker reads other shards.
+
+    A JPEG much larger than the view is decoded at half, a quarter or an eighth of its size, as far as the window keeps
+    at least the view's pixels; windows don't depend on it. With masks, boxes, multi-crops or cached features, as in
+    evaluation, it is decoded in full.
 
     Args:
         root: shard folder or address, or its index.
@@ -192,28 +197,42 @@ class Stream(IterableDataset):
         except Exception as err:  # open, network, exit status of a pipe
             handler(err)
 
-    def _decode(self, raw: dict[str, Any], slot: Slot) -> dict[str, Any] | None:
-        """The decoded sample, or None for a bad one."""
+    def _decode(self, raw: dict[str, Any], slot: Slot, *, whole: bool = True) -> dict[str, Any] | None:
+        """The decoded sample (see `decode_sample`), or None for a bad one."""
         try:
-            sample = decode_sample(raw, self.fields)
+            return decode_sample(raw, self.fields, whole=whole)
         except Exception as err:
-            reason = str(err) if isinstance(err, UserError) else f"{raw['__url__']}: sample {raw['__key__']}: {err}"
-            self._account(slot, 1, reason)
+            self._bad(raw, slot, err)
             return None
-        self._counts[slot.worker % MAX_WORKERS, 0] += 1
-        return sample
 
     def _view(
         self, sample: dict[str, Any], raw: dict[str, Any], slot: Slot, generator: torch.Generator | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
+        """The sample as it is seen, or None for one whose image turns out to be bad."""
+        row = self._counts[slot.worker % MAX_WORKERS]
         if self.transform is None:
-            return sample
-        if self.cached is None:
-            return self.transform.sample(sample, generator)
-        window, features = self.cached(raw, generator)
-        if window is None:
-            self._counts[slot.worker % MAX_WORKERS, 3] += 1
-        return {**self.transform.sample(sample, generator, window), "features": features, "cached": window is not None}
+            seen = {**sample, "image": sample["image"].contiguous()} if "image" in sample else sample
+        elif self.cached is None:
+            before = None if generator is None else generator.get_state()
+            try:
+                seen = self.transform.sample(sample, generator)
+            except Broken as err:
+                if generator is not None and before is not None:
+                    generator.set_state(before)  # bad samples draw nothing, whenever they are found out
+                self._bad(raw, slot, err)
+                return None
+        else:
+            window, features = self.cached(raw, generator)
+            row[3] += window is None
+            seen = {
+                **self.transform.sample(sample, generator, window), "features": features, "cached": window is not None
+            }  # fmt: skip
+        row[0] += 1
+        return seen
+
+    def _bad(self, raw: dict[str, Any], slot: Slot, err: Exception) -> None:
+        reason = str(err) if isinstance(err, UserError) else f"{raw['__url__']}: sample {raw['__key__']}: {err}"
+        self._account(slot, 1, reason)
 
     def _account(self, slot: Slot, number: int, reason: str) -> None:
         row = self._counts[slot.worker % MAX_WORKERS]
@@ -275,10 +294,16 @@ class TrainStream(Stream):
             rng = random.Random(_seed(here, 1, slot.number))
             raws = shuffle_buffer(buffer, initial=buffer, rng=rng)(raws)
         for raw in raws:
-            if (sample := self._decode(raw, slot)) is None:
+            if (sample := self._decode(raw, slot, whole=self._whole())) is None:
                 continue
             crops = {"crops": self.crops(sample["image"], crop_generator)} if self.crops else {}
-            yield {**self._view(sample, raw, slot, generator), **crops}
+            if (seen := self._view(sample, raw, slot, generator)) is not None:
+                yield {**seen, **crops}
+
+    def _whole(self) -> bool:
+        """Whether anything but one view looks at the image: what lies on its pixels, crops, cached features of it."""
+        view_only = self.transform is not None and self.cached is None and self.crops is None
+        return not view_only or "seg" in self.fields or "boxes" in self.fields
 
     def _endless(self, slot: Slot, here: list[int]) -> Iterator[dict[str, Any]]:
         number = 0
@@ -329,6 +354,8 @@ class EvalStream(Stream):
             damage: list[str] = []
             position = -1
             for position, raw in enumerate(self._raw(shard, stop, damage)):
-                if position >= first and (sample := self._decode(raw, slot)) is not None:
-                    yield raw, self._view(sample, raw, slot, None)
+                if position < first or (sample := self._decode(raw, slot)) is None:
+                    continue
+                if (seen := self._view(sample, raw, slot, None)) is not None:
+                    yield raw, seen
             self._short(slot, shard, stop - max(first, position + 1), damage)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from agglom.data.pictures import Picture
 from agglom.errors import UserError
 
 
@@ -58,7 +59,8 @@ class View:
         """The same for a decoded sample: `image`, `seg` (nearest neighbour) and `boxes` stay on top of each other.
 
         Args:
-            sample: its fields.
+            sample: its fields. A `Picture` is decoded here, no larger than the window needs; the window is the same one
+                as of the decoded image.
             generator: to draw the window from.
             window: one that was drawn before; nothing is drawn then.
         """
@@ -77,7 +79,10 @@ class View:
             out["boxes"] = self._boxes(sample["boxes"], window)
         return out
 
-    def _image(self, image: Tensor, window: Window) -> Tensor:
+    def _image(self, image: Tensor | Picture, window: Window) -> Tensor:
+        if isinstance(image, Picture):
+            image, box = image.part(window[:4], self.size)
+            window = Window(*box, window.flip)
         return self._cut(image, window, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
     def _seg(self, seg: Tensor, window: Window) -> Tensor:
@@ -87,6 +92,8 @@ class View:
         top, left, height, width, flip = window
         image = image[..., top : top + height, left : left + width]
         if (height, width) != (self.size, self.size):
+            if len(image) == 3:  # the layout in which resizing is fastest, and one for all: it may matter to a bit
+                image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
             image = TF.resize(image, [self.size, self.size], **resize)
         return (image.flip(-1) if flip else image).contiguous()
 
