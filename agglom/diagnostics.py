@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from agglom.errors import UserError
-from agglom.features import StudentFeatures
+from agglom.features import Features, StudentFeatures
 from agglom.targets.moments import accumulator, no_autocast, sum_over_ranks
 
 
@@ -34,6 +34,38 @@ def gradient_shares(terms: Sequence[Tensor], student: StudentFeatures) -> Tensor
         norms.append(torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=term.device))
     stacked = torch.stack(norms)
     return stacked / stacked.sum().clamp(min=1e-30)
+
+
+def teacher_metrics(
+    names: Sequence[str],
+    targets: Mapping[str, Features],
+    heads: Mapping[str, Any],
+    kept: Tensor,
+    weights: Tensor,
+    pulls: Tensor | None,
+) -> dict[str, Tensor]:
+    """What is logged of each teacher that saw the batch.
+
+    Args:
+        names: all teachers, in the order of the (T,) tensors.
+        targets: name -> normalised features, of those that saw the batch.
+        heads: name -> `agglom.heads.Head`, for the parts that it trains.
+        kept: (T,) share of the images that count.
+        weights: (T,) mean weight.
+        pulls: (T,) share of the gradient, or None.
+    """
+    metrics: dict[str, Tensor] = {}
+    for index, name in enumerate(names):
+        if name not in targets:
+            continue
+        metrics |= {f"train/{name}/weight": weights[index], f"train/{name}/kept": kept[index]}
+        if pulls is not None:
+            metrics[f"train/{name}/gradient_share"] = pulls[index]
+        for part in heads[name].losses:
+            target = getattr(targets[name], part)
+            metrics |= {f"train/{name}/{part}_target_mean": target.mean()}
+            metrics |= {f"train/{name}/{part}_target_std": target.std()}
+    return metrics
 
 
 class FiniteWatch:

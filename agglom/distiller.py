@@ -5,32 +5,31 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from functools import cache, partial
-from typing import Any, Callable, Mapping, Sequence, cast
+from typing import Any, Callable, Literal, Mapping, Sequence, cast
 
 import lightning.pytorch as pl
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from agglom.adaptors import MLPAdaptor
+from agglom.aside import Aside
 from agglom.balance import Balance, Equal
 from agglom.callbacks.ema import EMASchedule, WeightEMA
-from agglom.diagnostics import FiniteWatch, RankMe, gradient_shares
-from agglom.errors import UserError, nearest
+from agglom.diagnostics import FiniteWatch, RankMe, gradient_shares, teacher_metrics
+from agglom.errors import UserError
 from agglom.features import Dims, Features, StudentFeatures, sides
 from agglom.frames import Frames
 from agglom.heads import (
     AdaptorFactory,
-    Head,
     LossFactory,
     NormalizerFactory,
     TeacherConfig,
+    build_heads,
     nothing,
-    summary_tokens,
-    teacher_weights,
 )
-from agglom.looking import look
+from agglom.looking import Made, look
 from agglom.objectives import Cosine, CosineSmoothL1
+from agglom.optimizers import build_optimizer, check_optimizer
 from agglom.parameters import parameter_groups
 from agglom.place import Place, locate, own_images
 from agglom.plan import Part, Plan, Stage
@@ -38,7 +37,8 @@ from agglom.schedules import Schedule, rate_at
 from agglom.selfdistill import Objective, Scene
 from agglom.selfdistill.base import conflicts, steps
 from agglom.shifts import ShiftOptions
-from agglom.students import Student, attend_plainly
+from agglom.students import Student
+from agglom.suit import suit
 from agglom.targets import Memory, Standardize
 from agglom.targets.moments import Statistics
 from agglom.teachers import CachedTeacher, Teacher
@@ -91,6 +91,8 @@ class Distiller(pl.LightningModule):
             nears 1, an average that objectives learn from stops following what these still teach the student (SILC).
         remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
             only for training without random crops and flips.
+        compile: what `torch.compile` turns into larger kernels, each module on its own: student, teachers, heads. The
+            first steps take minutes; null for nothing.
 
     Raises:
         UserError: a loss on something that a teacher doesn't give, too few summary tokens, an unknown optimiser.
@@ -124,35 +126,22 @@ class Distiller(pl.LightningModule):
         ema_warmup: bool = True,
         ema_anneal_anyway: bool = False,
         remember_teachers: bool = False,
+        compile: list[Literal["student", "teachers", "heads"]] | None = None,
     ) -> None:
         super().__init__()
         if not teachers and not objectives:
             raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
-        known = [str(name) for name in list_optimizers()]
-        if optimizer not in known:
-            raise UserError(f"model.optimizer: {optimizer!r}; {nearest(optimizer, known)}; take one")
+        check_optimizer(optimizer)
         self.names = list(teachers)
         self.encoders = nn.ModuleDict({name: config.encoder for name, config in teachers.items()})
-        heads = nn.ModuleDict()
-        tokens = summary_tokens(student, teachers)
-        for name, config in teachers.items():
-            heads[name] = Head(
-                student=student.dims,
-                teacher=config.encoder.dims,
-                token=tokens[name],
-                tap_names=student.tap_names,
-                weights=teacher_weights(name, config),
-                adaptor=config.adaptor or adaptor,
-                normalizers={
-                    "summary": config.summary_normalizer or config.normalizer or summary_normalizer or normalizer,
-                    "spatial": config.normalizer or normalizer,
-                },
-                losses={
-                    "summary": config.summary_loss or summary_loss,
-                    "spatial": config.spatial_loss or spatial_loss,
-                },
-                align=config.align,
-            )
+        heads = build_heads(
+            student,
+            teachers,
+            adaptor=adaptor,
+            normalizer=normalizer,
+            summary_normalizer=summary_normalizer or normalizer,
+            losses={"summary": summary_loss, "spatial": spatial_loss},
+        )
         built = nn.ModuleDict({name: make(student.dims) for name, make in (objectives or {}).items()})
         anchored = any(cast(Objective, objective).anchors for objective in built.values())
         average: Any = {"ema_decay": ema_decay, "ema_schedule": ema_schedule, "anneal_anyway": ema_anneal_anyway}
@@ -172,7 +161,7 @@ class Distiller(pl.LightningModule):
         self.own_data = {name: config.own_data or [] for name, config in teachers.items()}
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
-        self.watch = FiniteWatch()
+        self.watch, self.aside, self.compiled = FiniteWatch(), Aside(), tuple(compile or ())
 
     @property
     def student(self) -> Student:
@@ -218,6 +207,9 @@ class Distiller(pl.LightningModule):
         resolution = sides(frames.student)
         grid = self.student.input.grid(resolution)
 
+        # Who sees the same view shares its resized copies; where features are remembered few images are resized at all.
+        made: Made | None = {} if frames.shift is None and not self.memories else None
+
         def raw(name: str) -> Features:
             encoder = cast(Teacher, self.encoders[name])
             if name not in names:
@@ -225,10 +217,12 @@ class Distiller(pl.LightningModule):
             run: Any = encoder
             if cached and name in cached.get("features", ()) and isinstance(encoder, CachedTeacher):
                 run = partial(encoder.recall, features=cached["features"][name], there=cached["cached"])
+                if all(cached["cached"]):  # nobody looks, so nothing is resized
+                    return run(frames.images)
             elif self.memories:  # the views never change, so neither do the features
                 run = partial(self.memories[name].features, encoder, keys=keys)
             view, mosaic = frames.view(name), self.mosaics[name]
-            return look(run, encoder.input, view, resolution=resolution, grid=grid, mosaic=mosaic)
+            return look(run, encoder.input, view, resolution=resolution, grid=grid, mosaic=mosaic, made=made)
 
         targets = {n: self.heads[n].targets(raw(n)) for n in self.names if n in names or n in others}
         return {name: targets[name] for name in names}
@@ -247,7 +241,8 @@ class Distiller(pl.LightningModule):
         key = (place.step, batch_idx, self.global_rank) if training else ()
         frames = self.frames(images, batch.get("part") if training else None, key)
         keys = [f"{kind}/{key}" for key in batch["key"]] if self.memories else ()
-        targets = self.targets(frames, place.names, place.others, keys, batch)
+        with self.aside.beside(images.device):
+            targets = self.targets(frames, place.names, place.others, keys, batch)
 
         @cache  # nobody may ask: without teachers, objectives over crops alone don't
         def student() -> StudentFeatures:
@@ -255,6 +250,9 @@ class Distiller(pl.LightningModule):
                 return cast(StudentFeatures, self.student(frames.student, self.taps))
 
         offsets = {name: frames.offset(name) for name in targets}
+        if targets:
+            student()
+        self.aside.join(images.device)
         losses = self.losses(student(), targets, offsets) if targets else {}
         per_image = torch.zeros(len(self.names), len(images), device=images.device)  # (T, B)
         rows = {name: self.heads[name].combine(found) for name, found in losses.items()}
@@ -368,7 +366,10 @@ class Distiller(pl.LightningModule):
                 metrics[f"{kind}/{name}/loss"] = row
                 metrics |= {f"{kind}/{name}/{part}_loss": x.detach().mean() for part, x in losses[name].items()}
         if training:
-            metrics |= self._diagnosis(weights, targets, terms, student)
+            pulls = self._pulls(terms, student) if targets else None
+            metrics |= teacher_metrics(
+                self.names, targets, dict(self.heads.items()), self.balance.kept_share(), weights.mean(1), pulls
+            )
             for name, (weight, value) in extra.items():
                 objective = cast(Objective, self.objectives[name])
                 metrics |= {f"train/{name}/loss": value.detach().mean(), f"train/{name}/weight": torch.tensor(weight)}
@@ -385,29 +386,15 @@ class Distiller(pl.LightningModule):
             metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=per_image.shape[1]
         )
 
-    def _diagnosis(
-        self, weights: Tensor, targets: dict[str, Features], terms: Tensor, seen: Callable[[], StudentFeatures]
-    ) -> dict[str, Tensor]:
-        """Of each teacher: weight, share of the images kept, scale of the targets, share of the gradient."""
-        metrics: dict[str, Tensor] = {}
-        kept, shares = self.balance.kept_share(), weights.mean(1)
+    def _pulls(self, terms: Tensor, seen: Callable[[], StudentFeatures]) -> Tensor | None:
+        """Shares of the gradient, where this logged step measures them."""
         often, logged = self.gradient_shares_every, self.trainer.log_every_n_steps
-        pulls = None
-        if targets and often and (self.global_step + 1) // logged % max(1, often // logged) == 0:
-            if (student := seen()).spatial.requires_grad:
-                with torch.enable_grad():
-                    pulls = gradient_shares(list(terms), student)
-        for index, name in enumerate(self.names):
-            if name not in targets:
-                continue
-            metrics |= {f"train/{name}/weight": shares[index], f"train/{name}/kept": kept[index]}
-            if pulls is not None:
-                metrics[f"train/{name}/gradient_share"] = pulls[index]
-            for part in self.heads[name].losses:
-                target = getattr(targets[name], part)
-                metrics |= {f"train/{name}/{part}_target_mean": target.mean()}
-                metrics |= {f"train/{name}/{part}_target_std": target.std()}
-        return metrics
+        if not often or (self.global_step + 1) // logged % max(1, often // logged):
+            return None
+        if not (student := seen()).spatial.requires_grad:
+            return None
+        with torch.enable_grad():
+            return gradient_shares(list(terms), student)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{kind}_rankme": rank.compute() for kind, rank in self.ranks.items()}, rank_zero_only=True)
@@ -421,8 +408,7 @@ class Distiller(pl.LightningModule):
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
         )
-        betas: dict[str, Any] = {"betas": self.betas} if get_optimizer_info(self.optimizer).has_betas else {}
-        optimizer = create_optimizer_v2(groups, opt=self.optimizer, lr=self.lr, weight_decay=0.0, **betas)
+        optimizer = build_optimizer(self.optimizer, groups, lr=self.lr, betas=self.betas)
         rate = partial(
             rate_at,
             plan=self.plan,
@@ -439,9 +425,19 @@ class Distiller(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         return [] if self.ema is None else [self.ema]
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Gradients go as soon as they are used; Lightning would keep them through the next forward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.optimizers().zero_grad()
+
+    def setup(self, stage: str) -> None:
+        suit(self.student, self.trained, self.frozen.values(), self.trainer.strategy.root_device)
+
     def on_fit_start(self) -> None:
-        if self.device.type == "cpu":
-            attend_plainly(self)
+        modules = {"student": [self.student], "teachers": self.frozen.values(), "heads": self.heads.values()}
+        for part in self.compiled:
+            for module in modules[part]:
+                module.compile()
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Pixels travel as uint8 and become floats in [0, 1] on the device."""

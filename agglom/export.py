@@ -53,6 +53,7 @@ def write_export(
         "interpolation": student.input.interpolation,
         "crop_pct": 1.0,
     }
+    backbone.to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
     save_for_hf(backbone, str(out), data_config=data_config, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}

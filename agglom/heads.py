@@ -196,3 +196,45 @@ def summary_tokens(student: Student, teachers: dict[str, TeacherConfig]) -> dict
         )
     own = student.dims.tokens > 1
     return {name: readers.index(name) if own and name in readers else 0 for name in teachers}
+
+
+def build_heads(
+    student: Student,
+    teachers: dict[str, TeacherConfig],
+    *,
+    adaptor: AdaptorFactory,
+    normalizer: NormalizerFactory,
+    summary_normalizer: NormalizerFactory,
+    losses: dict[str, LossFactory],
+) -> nn.ModuleDict:
+    """Name -> `Head` of every teacher; what a teacher leaves out is taken from the keywords.
+
+    Args:
+        student: the backbone.
+        teachers: name -> teacher.
+        adaptor: of teachers that name none.
+        normalizer: the same.
+        summary_normalizer: of teachers that name no normaliser at all.
+        losses: "summary" and "spatial", of teachers that name none.
+
+    Raises:
+        UserError: see `teacher_weights` and `summary_tokens`.
+    """
+    heads = nn.ModuleDict()
+    tokens = summary_tokens(student, teachers)
+    for name, config in teachers.items():
+        heads[name] = Head(
+            student=student.dims,
+            teacher=config.encoder.dims,
+            token=tokens[name],
+            tap_names=student.tap_names,
+            weights=teacher_weights(name, config),
+            adaptor=config.adaptor or adaptor,
+            normalizers={
+                "summary": config.summary_normalizer or config.normalizer or summary_normalizer,
+                "spatial": config.normalizer or normalizer,
+            },
+            losses={kind: getattr(config, f"{kind}_loss") or loss for kind, loss in losses.items()},
+            align=config.align,
+        )
+    return heads

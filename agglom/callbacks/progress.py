@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from agglom.memory import peak_memory
+
 
 class TrainingProgress(pl.Callback):
-    """A bar in a terminal, a plain line every `every_s` seconds elsewhere.
+    """A bar in a terminal, a plain line every `every_s` seconds elsewhere; at the end the peak of memory.
 
     Also logs `train/images_per_s` (over all ranks) and `train/data_wait` (share of the time since the last report
     that the step waited for its batch) with the trainer's own logging interval.
@@ -85,6 +87,8 @@ class TrainingProgress(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
+        if trainer.is_global_zero:
+            print(peak_memory(pl_module.device), flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
