@@ -208,3 +208,17 @@ def test_what_probes_cost_is_told_for_each(benchmark, tmp_path):
     assert list(found) == ["extraction", "heads", "knn, width 16"]
     assert json.loads((tmp_path / "costs.json").read_text()) == found
     assert all(value > 0 for costs in found.values() for value in costs.values())
+
+
+@pytest.mark.slow
+def test_loaders_are_compared_at_equal_augmentation(benchmark, tmp_path):
+    module = benchmark("data")
+    small = ["--pictures", "40", "--side", "240", "--rounds", "1", "--batches", "1"]
+    found = module.main([*small, "--json", str(tmp_path / "data.json")])
+    assert json.loads((tmp_path / "data.json").read_text()) == found
+    names = ["agglom", *module.OTHERS]
+    assert [(case["name"], case["workers"]) for case in found["cases"]] == [
+        ("decode only", 0), *((name, workers) for workers in (1, 0) for name in names)
+    ]  # fmt: skip
+    assert all(case["images_per_s"] > 0 and case["speedup"] > 0 for case in found["cases"])
+    assert all(case["speedup"] == 1 for case in found["cases"] if case["name"] == "agglom")

@@ -41,12 +41,8 @@ def decode_image(data: bytes) -> Tensor:
     It may lie in memory as (H, W, 3), as decoders leave it.
     """
     with open_picture(data) as image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1:
-            try:
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-            except RuntimeError:
-                pass  # PIL says better what is wrong
-        return _pixels(image)
+        pixels = _decode_plain(data) if _is_plain(image) else None
+        return _pixels(image) if pixels is None else pixels
 
 
 class Broken(Exception):
@@ -68,7 +64,7 @@ class Picture:
 
     def __init__(self, data: bytes) -> None:
         with open_picture(data) as image:
-            self._orientation = _orientation(image)
+            self._plain, self._orientation = _is_plain(image), _orientation(image)
             width, height = image.size
         self._data = data
         self.shape = (3, width, height) if self._orientation in TURNED else (3, height, width)
@@ -89,7 +85,7 @@ class Picture:
         """
         by = reduction(box, size)
         try:
-            pixels = decode_image(self._data) if by == 1 else self._reduced(by)
+            pixels = self._whole() if by == 1 else self._reduced(by)
         except Exception as err:
             raise Broken(str(err)) from err
         if by == 1:
@@ -101,6 +97,10 @@ class Picture:
         top, bottom = (_rounded(y + before_top, by) for y in (top, top + height))
         left, right = (_rounded(x + before_left, by) for x in (left, left + width))
         return pixels, (top, left, bottom - top, right - left)
+
+    def _whole(self) -> Tensor:
+        pixels = _decode_plain(self._data) if self._plain else None
+        return decode_image(self._data) if pixels is None else pixels
 
     def _reduced(self, by: int) -> Tensor:
         with open_picture(self._data) as image:
@@ -116,6 +116,18 @@ def reduction(box: Box, size: int) -> int:
 def is_jpeg(data: bytes) -> bool:
     """Whether the bytes begin as a JPEG does."""
     return data.startswith(b"\xff\xd8\xff")
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether torchvision reads it as PIL does: not in CMYK, and it doesn't know of orientations."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
+
+
+def _decode_plain(data: bytes) -> Tensor | None:
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None  # PIL says better what is wrong
 
 
 def _orientation(image: Image.Image) -> int:
