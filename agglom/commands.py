@@ -35,6 +35,7 @@ def data_scenes(
     test: int = 4000,
     size: int = 64,
     seed: int = 0,
+    plain: bool = False,
     workers: int | None = None,
 ) -> None:
     """Write fashion scenes: Fashion-MNIST garments on cluttered canvases, with masks, boxes, classes and captions.
@@ -47,13 +48,13 @@ def data_scenes(
         test: scenes of the test split.
         size: pixels of a side.
         seed: of the scenes; the same seed gives the same scenes for any number of workers.
+        plain: one garment a scene, on a canvas of one muted colour.
         workers: processes; left out: one a core.
     """
     from agglom.data.scenes import write_scenes
 
-    print(
-        write_scenes(Path(out), source=source, train=train, val=val, test=test, size=size, seed=seed, workers=workers)
-    )
+    counts = {"train": train, "val": val, "test": test}
+    print(write_scenes(Path(out), source=source, **counts, size=size, seed=seed, plain=plain, workers=workers))
 
 
 def data_imagefolder(

@@ -48,23 +48,24 @@ class _Placed(NamedTuple):
     touched: frozenset[int]  # earlier garments that it covers in part
 
 
-def render(garments: Garments, seed: int, index: int, size: int = 64) -> dict[str, Any]:
+def render(garments: Garments, seed: int, index: int, size: int = 64, plain: bool = False) -> dict[str, Any]:
     """One scene.
 
     Args:
         garments: what to draw from.
         seed, index: choose the scene; equal arguments give equal bytes.
         size: height and width in pixels.
+        plain: one garment on a canvas of one muted colour.
 
     Returns:
         A sample for `write_shard`: `key`, `image` uint8 (size, size, 3), `seg` uint8 (size, size) with 0 = background
         and 1 + class, `boxes` of the visible extents, `cls` the class with the largest visible area, `txt` the caption.
     """
     rng = np.random.default_rng((seed, index))
-    canvas = _background(rng, size)
+    canvas = np.tile(_muted(rng, 1)[0].astype(np.float32), (size, size, 1)) if plain else _background(rng, size)
     owner = np.full((size, size), -1, dtype=np.int8)  # which garment a pixel shows
     placed: list[_Placed] = []
-    count = 1 + int(rng.choice(4, p=_COUNTS))
+    count = 1 if plain else 1 + int(rng.choice(4, p=_COUNTS))
     for _ in range(count):
         item = int(rng.integers(len(garments.images)))
         colour = tuple(COLOURS)[rng.integers(len(COLOURS))]
@@ -218,6 +219,7 @@ def write_scenes(
     seed: int = 0,
     workers: int | None = None,
     shard_size: int = 1000,
+    plain: bool = False,
 ) -> Path:
     """Write the data set as shards; the bytes do not depend on the number of workers.
 
@@ -230,6 +232,8 @@ def write_scenes(
         seed: another seed, other scenes.
         workers: processes; None: one a core.
         shard_size: scenes a shard.
+        plain: one garment a scene, on a canvas of one muted colour: pictures of one thing, as most of what
+            self-distillation alone has learned from.
 
     Returns:
         The path of index.json.
@@ -251,6 +255,7 @@ def write_scenes(
             raise UserError(f"{key}: {given[key]}; valid: {least} or more")
     out = Path(out)
     made = {"version": VERSION, **counts, "size": size, "seed": seed, "shard_size": shard_size}
+    made |= {"plain": True} if plain else {}
     if (out / "index.json").exists():
         found = read_index(out).extra.get("scenes")
         if found == made:
@@ -262,7 +267,7 @@ def write_scenes(
         for name, count in counts.items()
         for number, start in enumerate(range(0, count, shard_size))
     ]
-    write = partial(_write_one, out=out, source=source, size=size, seed=seed)
+    write = partial(_write_one, out=out, source=source, size=size, seed=seed, plain=plain)
     processes = min(given["workers"], len(jobs))
     if processes <= 1:
         infos = [write(job) for job in jobs]
@@ -289,13 +294,13 @@ _garments = lru_cache(maxsize=1)(load_garments)  # once a worker process
 
 
 def _write_one(
-    job: tuple[str, int, int, int], *, out: Path, source: str | Path | None, size: int, seed: int
+    job: tuple[str, int, int, int], *, out: Path, source: str | Path | None, size: int, seed: int, plain: bool
 ) -> ShardInfo:
     """Render scenes start..stop of a split into its shard of that number."""
     name, number, start, stop = job
     garments = _garments(source)[name]
     own_seed = seed * len(SPLITS) + SPLITS.index(name)  # or val scenes would be laid out like the train scenes
-    scenes = (render(garments, own_seed, index, size) for index in range(start, stop))
+    scenes = (render(garments, own_seed, index, size, plain) for index in range(start, stop))
     return write_shard(out / f"{name}-{number:06d}.tar", scenes)
 
 
@@ -306,6 +311,5 @@ def _cores() -> int:
 def _differences(found: dict[str, Any] | None, made: dict[str, Any]) -> str:
     if not found:
         return "not fashion scenes"
-    return ", ".join(
-        f"{key} {found.get(key)} instead of {value}" for key, value in made.items() if found.get(key) != value
-    )
+    keys = [key for key in {**made, **found} if found.get(key) != made.get(key)]
+    return ", ".join(f"{key} {found.get(key)} instead of {made.get(key)}" for key in keys)

@@ -221,3 +221,18 @@ def test_without_any_source_one_message_gives_three_ways(monkeypatch: pytest.Mon
     message = str(caught.value)
     assert "\n" not in message
     assert all(way in message for way in ("apt install dataset-fashion-mnist", "--source DIR", "network access"))
+
+
+def test_a_plain_scene_is_one_garment_on_one_colour(garments, tmp_path):
+    for index in range(20):
+        scene = render(garments, 3, index, plain=True)
+        ground = scene["image"][scene["seg"] == 0].astype(float)
+        far = np.abs(ground - np.median(ground, axis=0)).max(1) > 20  # the soft edge of the garment, and nothing else
+        assert len(scene["boxes"]) == 1 and far.mean() < 0.1
+        assert scene["seg"].max() == 1 + scene["cls"] and np.median(ground, axis=0).std() < 20
+    source = write_idx(tmp_path / "idx", train=squares(10), test=squares(10, seed=1))
+    options = {"source": source, "train": 4, "val": 2, "test": 2, "workers": 1}
+    write_scenes(tmp_path / "scenes", **options, plain=True)
+    assert read_index(tmp_path / "scenes").extra["scenes"]["plain"] is True
+    with pytest.raises(UserError, match="plain True instead of None"):
+        write_scenes(tmp_path / "scenes", **options)
