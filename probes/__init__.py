@@ -15,6 +15,7 @@ from agglom.probes.linear_sgd import LinearSgdProbe
 from agglom.probes.measure import PROBES
 from agglom.probes.report import read_report, write_comparison, write_report
 from agglom.probes.retrieval import RetrievalProbe
+from agglom.probes.retrieval_linear import LinearRetrievalProbe
 from agglom.probes.runner import run_probes
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.segmentation_sgd import SegmentationSgdProbe
@@ -30,6 +31,7 @@ __all__ = [
     "GeometryProbe",
     "KnnProbe",
     "LinearProbe",
+    "LinearRetrievalProbe",
     "LinearSgdProbe",
     "Probe",
     "Result",

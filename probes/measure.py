@@ -22,6 +22,7 @@ from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
 from agglom.probes.linear_sgd import LinearSgdProbe
 from agglom.probes.retrieval import RetrievalProbe
+from agglom.probes.retrieval_linear import LinearRetrievalProbe
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.segmentation_sgd import SegmentationSgdProbe
 from agglom.probes.source import Source
@@ -38,6 +39,7 @@ PROBES: dict[str, Callable[..., Any]] = {  # name -> class of a Probe
     "linear": LinearProbe,
     "linear_sgd": LinearSgdProbe,
     "retrieval": RetrievalProbe,
+    "retrieval_linear": LinearRetrievalProbe,
     "segmentation": SegmentationProbe,
     "segmentation_sgd": SegmentationSgdProbe,
     "zeroshot": ZeroShotProbe,

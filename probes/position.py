@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agglom.probes.ridge import ridge_path
 from agglom.probes.solver import Standardise
 
 RIDGES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -50,11 +51,11 @@ class PositionFit(NamedTuple):
         cells = [len(x[fold::count]) * x.shape[1] for fold in range(count)]
         errors = torch.zeros(len(ridges), dtype=torch.float64)
         for fold in range(count):
-            tried = _solve(gram - grams[fold], moment - moments[fold], sum(cells) - cells[fold], ridges)
+            tried = ridge_path(gram - grams[fold], moment - moments[fold], sum(cells) - cells[fold], ridges)
             for i, weight in enumerate(tried):  # ||A W - Y||^2 without the part that all share
                 errors[i] += (weight * (grams[fold] @ weight)).sum() - 2 * (weight * moments[fold]).sum()
         best = int(errors.argmin())
-        weight = _solve(gram, moment, sum(cells), [ridges[best]])[0]
+        weight = ridge_path(gram, moment, sum(cells), [ridges[best]])[0]
         return cls(scale, weight, mean, ridges[best])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -67,13 +68,6 @@ def _one_scale(each: Standardise) -> Standardise:
     varies = each.std.isfinite()
     common = each.std[varies].square().mean().sqrt()
     return Standardise(each.mean, torch.where(varies, common, torch.inf))
-
-
-def _solve(gram: Tensor, moment: Tensor, cells: int, ridges: Sequence[float]) -> list[Tensor]:
-    """(D, 2) weights for each strength, from one eigendecomposition."""
-    values, vectors = torch.linalg.eigh(gram / cells)
-    inside = vectors.T @ (moment / cells)
-    return [vectors @ (inside / (values.clamp(min=0) + ridge)[:, None]) for ridge in ridges]
 
 
 def position_errors(fit: PositionFit, x: Tensor, where: Tensor) -> np.ndarray:

@@ -49,40 +49,26 @@ class RetrievalProbe(Probe):
         captions = subject.targets["test"].captions
         assert captions is not None
         texts, of_image, of_text = distinct(captions)
-        queries = [i for i, own in enumerate(of_image) if len(own)]  # images without a caption are only found
-        count = np.array([len(own) for own in of_image], np.float64)
         metrics: dict[str, float] = {}
         resamples: dict[str, np.ndarray] = {}
         examples = None
         sides = readable(subject)
         for tower, (features, _) in sides.items():
             images, words = F.normalize(features.vectors("summary"), dim=1), self._embed(subject, tower, texts)
-            to_text = np.full(len(images), np.inf)
-            to_text[queries] = ranks(images[queries], words, [of_image[i] for i in queries])
-            to_image = ranks(words, images, of_text)
             at = "" if examples is None else f"@{tower}"
-            hits = {}
-            for top in TOPS:
-                if top < len(texts):
-                    hits[f"image_to_text_r{top}{at}"] = np.stack([to_text < top, count > 0], 1)
-                if top < len(images):
-                    found = [float((to_image[own] < top).sum()) for own in of_image]
-                    hits[f"text_to_image_r{top}{at}"] = np.stack([np.array(found), count], 1)
-            metrics |= {name: float(share(pair.mean(0))) for name, pair in hits.items()}
-            drawn = {name: bootstrap(pair, share, seed=subject.seed) for name, pair in hits.items()}
-            both = [f"{direction}_r1{at}" for direction in ("image_to_text", "text_to_image")]
-            metrics = {f"r1{at}": sum(metrics[name] for name in both) / 2, **metrics}
-            resamples |= {f"r1{at}": (drawn[both[0]] + drawn[both[1]]) / 2, **drawn}
+            found, drawn = recalls(images, words, of_image, of_text, seed=subject.seed)
+            metrics |= {name + at: value for name, value in found.items()}
+            resamples |= {name + at: values for name, values in drawn.items()}
             if examples is None:
-                examples = [_nearest(images[row], words, texts) for row in subject.show]
+                examples = [nearest(images[row], words, texts) for row in subject.show]
         return Result(
             metrics=metrics,
             protocol={
                 "features": {tower: side for tower, (_, side) in sides.items()},
-                "captions": int(count.sum()),
+                "captions": sum(map(len, of_image)),
                 "gallery": {"images": len(captions), "distinct captions": len(texts)},
                 "hit": "one of the image's captions, word for word; equal similarities count against",
-                "chance": _chance(of_image, of_text),
+                "chance": chance(of_image, of_text),
             },
             resamples=resamples,
             show={"retrieval": examples},
@@ -93,6 +79,36 @@ class RetrievalProbe(Probe):
         if key not in self._embedded:  # the same for every model of a report
             self._embedded = {key: embed(subject.text[tower], texts)}
         return self._embedded[key]
+
+
+def recalls(
+    images: Tensor, words: Tensor, of_image: Sequence[np.ndarray], of_text: Sequence[np.ndarray], *, seed: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Every R@K in both directions and `r1`, and their bootstrap resamples over images.
+
+    Args:
+        images: (N, D), normalised.
+        words: (T, D), normalised.
+        of_image, of_text: see `distinct`.
+        seed: of the resamples.
+    """
+    queries = [i for i, own in enumerate(of_image) if len(own)]  # images without a caption are only found
+    count = np.array([len(own) for own in of_image], np.float64)
+    to_text = np.full(len(images), np.inf)
+    to_text[queries] = ranks(images[queries], words, [of_image[i] for i in queries])
+    to_image = ranks(words, images, of_text)
+    hits = {}
+    for top in TOPS:
+        if top < len(words):
+            hits[f"image_to_text_r{top}"] = np.stack([to_text < top, count > 0], 1)
+        if top < len(images):
+            found = [float((to_image[own] < top).sum()) for own in of_image]
+            hits[f"text_to_image_r{top}"] = np.stack([np.array(found), count], 1)
+    metrics = {name: float(share(pair.mean(0))) for name, pair in hits.items()}
+    drawn = {name: bootstrap(pair, share, seed=seed) for name, pair in hits.items()}
+    both = ("image_to_text_r1", "text_to_image_r1")
+    r1 = sum(metrics[name] for name in both) / 2
+    return {"r1": r1, **metrics}, {"r1": (drawn[both[0]] + drawn[both[1]]) / 2, **drawn}
 
 
 def distinct(captions: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], list[np.ndarray], list[np.ndarray]]:
@@ -142,13 +158,14 @@ def share(means: np.ndarray) -> np.ndarray:
     return np.divide(hits, queries, out=np.full_like(hits, np.nan), where=queries > 0)
 
 
-def _chance(of_image: Sequence[np.ndarray], of_text: Sequence[np.ndarray]) -> float:
+def chance(of_image: Sequence[np.ndarray], of_text: Sequence[np.ndarray]) -> float:
     """`r1` of answering at random."""
     to_text = [len(np.unique(own)) / len(of_text) for own in of_image if len(own)]
     to_image = [len(of_text[text]) / len(of_image) for own in of_image for text in own]
     return float(np.mean(to_text) + np.mean(to_image)) / 2
 
 
-def _nearest(image: Tensor, words: Tensor, texts: Sequence[str], top: int = 3) -> list[tuple[str, float]]:
+def nearest(image: Tensor, words: Tensor, texts: Sequence[str], top: int = 3) -> list[tuple[str, float]]:
+    """The most similar texts and their cosines."""
     found = (words @ image).topk(min(top, len(texts)))
     return [(texts[i], round(s, 4)) for s, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)]

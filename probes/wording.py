@@ -9,8 +9,8 @@ Report = Mapping[str, Any]
 
 TITLES = {
     "knn": "kNN", "linear": "Linear", "linear_sgd": "Linear, SGD over a grid", "zeroshot": "Zero-shot",
-    "retrieval": "Retrieval", "segmentation": "Segmentation", "segmentation_sgd": "Segmentation, SGD",
-    "detection": "Detection", "fidelity": "Fidelity", "geometry": "Geometry",
+    "retrieval": "Retrieval", "retrieval_linear": "Retrieval, linear", "segmentation": "Segmentation",
+    "segmentation_sgd": "Segmentation, SGD", "detection": "Detection", "fidelity": "Fidelity", "geometry": "Geometry",
 }  # fmt: skip
 METRICS = {
     "miou": "mIoU", "aacc": "pixel accuracy", "macc": "mean class accuracy", "macro": "per-class mean", "map": "mAP",
@@ -28,6 +28,7 @@ ABOUT = {  # what a probe asks, in a sentence or two
     "linear_sgd": "The class by the best of many linear classifiers on frozen features, trained at once.",
     "zeroshot": "The class whose name, in words, is nearest to the image; nothing is trained.",
     "retrieval": "The caption that belongs to an image, and the image that belongs to a caption.",
+    "retrieval_linear": "The same by a linear map from frozen features to the words of captions, fitted on train.",
     "segmentation": "The class of every pixel by a linear head on the frozen feature map, trained to its optimum.",
     "segmentation_sgd": "The class of every pixel by a linear head on the frozen feature map, trained by SGD.",
     "detection": "Boxes by a detector that is trained on the frozen backbone; COCO's average precision.",
