@@ -24,13 +24,13 @@ class TimmStudent(Student):
     """A timm ViT or CNN by name.
 
     A ViT's summary tokens are its class token followed by registers (timm's own `reg_tokens`), so the export stays a
-    plain timm model: token 0 is the class token, tokens 1..K-1 the first registers. A CNN has one summary, its pooled
-    features.
+    plain timm model: token 0 is the class token, tokens 1..K-1 the first registers. A CNN, and a ViT without prefix
+    tokens, has one summary, its own pooled features (at inner blocks of such a ViT the mean patch).
 
     Args:
         name: timm model name, as in `timm.list_models()`.
         summary_tokens: K. 1 (all teachers read the same token, as in UNIC) or one for each teacher that has a summary
-            (as in AM-RADIO). CNNs: 1.
+            (as in AM-RADIO). CNNs and ViTs without prefix tokens: 1.
         registers: further tokens without a loss of their own (ViTs).
         pretrained: start from timm's weights (needs the hub or a local cache). Summary tokens and registers that they
             lack start anew.
@@ -97,7 +97,8 @@ class TimmStudent(Student):
             self.backbone.set_grad_checkpointing(True)
         self.tokens, self.registers = summary_tokens, registers
         self.is_vit = hasattr(self.backbone, "num_prefix_tokens") and hasattr(self.backbone, "blocks")
-        if self.is_vit and self.backbone.num_prefix_tokens < summary_tokens:
+        self.pooled = self.is_vit and self.backbone.num_prefix_tokens == 0 and summary_tokens == 1
+        if self.is_vit and self.backbone.num_prefix_tokens < summary_tokens and not self.pooled:
             raise UserError(
                 f"student.summary_tokens: {summary_tokens} > {self.backbone.num_prefix_tokens} prefix tokens of "
                 f"{name}; set summary_tokens to at most that, or kwargs.class_token: true"
@@ -152,6 +153,8 @@ class TimmStudent(Student):
             tokens, blocks = self.backbone.forward_intermediates(
                 pixels, indices=indices, return_prefix_tokens=True, output_fmt="NLC"
             )
+            if not prefix:
+                blocks = [(patches, patches.mean(1, keepdim=True)) for patches in blocks]
         else:
             tokens, blocks = self.backbone.forward_features(pixels), []
 
@@ -162,7 +165,10 @@ class TimmStudent(Student):
             self.tap_names[i]: (first[:, : self.tokens], as_map(patches))
             for i, (patches, first) in zip(sorted(indices), blocks, strict=True)
         }
-        return StudentFeatures(tokens[:, : self.tokens], as_map(tokens[:, prefix:]), {t: tapped[t] for t in taps})
+        summary = tokens[:, : self.tokens]
+        if self.pooled:
+            summary = self.backbone.forward_head(tokens, pre_logits=True)[:, None]
+        return StudentFeatures(summary, as_map(tokens[:, prefix:]), {t: tapped[t] for t in taps})
 
     def _cnn(self, pixels: Tensor, taps: Sequence[str], indices: list[int]) -> StudentFeatures:
         if indices:

@@ -60,6 +60,22 @@ def test_cnns(name, kwargs):
     torch.testing.assert_close(got.summary[:, 0], student.backbone.forward_head(map_, pre_logits=True))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_224"])  # the mean, attention pooling
+@torch.no_grad()
+def test_a_vit_without_prefix_tokens_has_its_pooled_features(name):
+    torch.manual_seed(0)
+    options = {} if "siglip" in name else {"class_token": False, "global_pool": "avg"}
+    student = TimmStudent(name=name, kwargs={"img_size": 32, "patch_size": 8, "depth": 2, **options}).eval()
+    got = student(pixels(), student.tap_names)
+    images = prepare(pixels(), student.input)
+    patches = student.backbone.forward_features(images)
+    torch.testing.assert_close(got.summary[:, 0], student.backbone(images))
+    torch.testing.assert_close(got.spatial.flatten(2).transpose(1, 2), patches)
+    for summary, spatial in got.taps.values():
+        torch.testing.assert_close(summary[:, 0], spatial.mean((2, 3)))
+    torch.testing.assert_close(student(pixels()).summary, got.summary)
+
+
 @torch.no_grad()
 def test_hybrid():
     torch.manual_seed(0)
