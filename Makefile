@@ -18,6 +18,14 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check agglom teachers students adaptors probes configs tests benchmarks
 	$(BIN)/mypy
 
+# About 10 minutes; numbers that mean something need a machine that does nothing else.
+bench: $(VENV)/installed-dev
+	mkdir -p runs/bench
+	for name in step cache data scale startup; do \
+		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --quick --json runs/bench/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/table.py runs/bench
+
 wheel: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel_check.py
 

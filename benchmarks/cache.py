@@ -1,6 +1,6 @@
 """What reading features from a cache costs: steps from the cache, with the teachers online, and with neither.
 
-    python benchmarks/cache.py --data data/scenes [--quick] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/cache.py [--quick] [--json FILE] [--data SHARDS]
 
 The configuration is the demo's (three embedded teachers, 64 px), its student, heads and losses the same in all three:
 
@@ -36,6 +36,7 @@ from agglom.features import Features
 from agglom.heads import TeacherConfig
 from agglom.students import TimmStudent, attend_plainly
 from agglom.teachers import CachedTeacher, Teacher, TinyTeacher
+from probes import pictures
 
 MOST = 1.05  # of student-only training's time
 VIEW = {"scale": (0.4, 1.0), "ratio": (3 / 4, 4 / 3), "flip": 0.5}
@@ -108,21 +109,23 @@ def replay(data: str, size: int, cache: Path) -> float:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Print the table; returns what --json writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", default="data/scenes")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter stretches")
+    parser.add_argument("--data", help="shards with images of 64 px; default: some are made up")
+    parser.add_argument("--images", type=int, default=1024, help="that are made up")
+    parser.add_argument("--quick", action="store_true", help="256 images, fewer and shorter stretches")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=10, help="stretches of each kind")
     parser.add_argument("--steps", type=int, default=5, help="optimiser steps of a stretch")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.rounds, args.steps = min(args.rounds, 3), min(args.steps, 2)
+        args.images, args.rounds, args.steps = min(args.images, 256), min(args.rounds, 7), min(args.steps, 3)
     demo = read_yaml("configs/demo.yaml")[0]
     size, names = demo["data"]["size"], list(demo["model"]["teachers"])
     about = machine("cpu")
     print(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        args.data = args.data or str(pictures(Path(folder) / "data", args.images))
         cases: dict[str, Callable[[], None]] = {}
         for dtype in ("fp32", "bf16", "int8"):
             cache, started = Path(folder) / dtype, time.perf_counter()
@@ -178,8 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             f"{name}: {entry['step_ms']:.0f} ms a step, {entry['time_ratio']:.3f}x ({entry['low']:.3f}-"
             f"{entry['high']:.3f}) of student-only training"
         )
-    best = min(entry["time_ratio"] for entry in result if entry["name"] != "online")
-    print(f"at most {MOST:.2f}x: {'met' if best <= MOST else 'MISSED'} ({best:.3f}x)")
+    worst = max(entry["time_ratio"] for entry in result if entry["name"] != "online")
+    print(f"at most {MOST:.2f}x: {'met' if worst <= MOST else 'MISSED'} ({worst:.3f}x)")
     out = {"machine": about, "caches": rows, "cases": result}
     if args.json is not None:
         args.json.write_text(json.dumps(out, indent=1) + "\n")

@@ -24,6 +24,7 @@ import copy
 import gc
 import io
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -212,17 +213,25 @@ class Losses(pl.Callback):
 
 
 def train(
-    setting: Setting, steps: int, between: Callable[[pl.Trainer], AbstractContextManager[Any]], log_every: int
+    module: Distiller,
+    setting: Setting,
+    steps: int,
+    between: Callable[[pl.Trainer], AbstractContextManager[Any]] = lambda trainer: nullcontext(),
+    log_every: int = LOG_EVERY,
+    ranks: int = 1,
 ) -> list[Tensor]:
     """`steps` steps of agglom as `agglom fit` runs them; returns their losses."""
     losses = Losses()
+    for name in ("rank_zero", "seed"):
+        logging.getLogger(f"lightning.pytorch.utilities.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*(eval mode|many workers|treespec|on_after_batch_transfer).*")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         trainer = pl.Trainer(
             **{**TRAINER_DEFAULTS, "log_every_n_steps": log_every, "gradient_clip_val": CLIP},
             accelerator="cpu" if setting.device == "cpu" else "gpu",
-            devices=1,
+            devices=ranks,
+            strategy="ddp" if ranks > 1 else "auto",
             max_steps=steps,
             precision="32-true" if setting.precision == "fp32" else "bf16-mixed",
             logger=RunCSVLogger(folder),
@@ -232,7 +241,7 @@ def train(
         )
         # one batch more: the loop asks for it before it knows that it is done
         stream = Stream(setting, steps + 1, lambda: between(trainer))
-        trainer.fit(build(setting), DataLoader(stream, batch_size=None))
+        trainer.fit(module, DataLoader(stream, batch_size=None))
     return losses.found
 
 
@@ -265,7 +274,7 @@ def timed(setting: Setting, rounds: int) -> dict[str, float]:
             bare.step(next(images))
         return ours
 
-    found = train(setting, rounds + settle, between, LOG_EVERY)
+    found = train(build(setting), setting, rounds + settle, between)
     pairs = list(zip(found, bare.losses, strict=False))
     worst = max(float((a - b).abs() / b.abs()) for a, b in pairs)
     if worst > SAME[setting.precision]:
@@ -311,7 +320,7 @@ def memory(setting: Setting) -> dict[str, float]:
             loop.step(images)
 
     out = {
-        "agglom_mib": peak_mib(setting, lambda: train(setting, 3, lambda trainer: nullcontext(), LOG_EVERY)),
+        "agglom_mib": peak_mib(setting, lambda: train(build(setting), setting, 3)),
         "bare_mib": peak_mib(setting, bare),
     }
     return {"memory_ratio": out["agglom_mib"] / out["bare_mib"], **out}
@@ -377,7 +386,7 @@ def syncs(setting: Setting) -> list[str]:
             if every < step < 2 * every:  # steps 5, 6, 7 of those logged at 4 and 8
                 found.extend(self.found)
 
-    train(setting, 2 * every, Watched, every)
+    train(build(setting), setting, 2 * every, Watched, every)
     return found
 
 
