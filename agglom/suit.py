@@ -36,8 +36,9 @@ def suit(student: Student, trained: nn.Module, teachers: Iterable[Teacher], devi
 
 
 def is_cnn(network: nn.Module) -> bool:
-    """Whether most of its weights are those of convolutions."""
+    """Whether most of its weights are those of convolutions, a ViT's cut into patches not counted."""
     if isinstance(network, torch.jit.ScriptModule):  # its code is fixed
         return False
-    weights = list(network.parameters())
-    return 2 * sum(p.numel() for p in weights if p.ndim == 4) > sum(p.numel() for p in weights)
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    sliding = [m.weight.numel() for m in convolutions if m.stride != m.kernel_size or m.kernel_size == (1, 1)]
+    return 2 * sum(sliding) > sum(parameter.numel() for parameter in network.parameters())

@@ -344,8 +344,11 @@ class Syncs:
 
         class Ops(TorchDispatchMode):
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func.overloadpacket.__name__ in Syncs.OPS:
-                    found.append(func.overloadpacket.__name__)
+                name = func.overloadpacket.__name__
+                if name in Syncs.OPS or (
+                    name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+                ):
+                    found.append(name)
                 return func(*args, **(kwargs or {}))
 
         class Calls(TorchFunctionMode):

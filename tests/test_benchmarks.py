@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from agglom.data.scenes import write_scenes
 from agglom.probes import LinearProbe, SegmentationProbe, measure
@@ -222,3 +224,79 @@ def test_loaders_are_compared_at_equal_augmentation(benchmark, tmp_path):
     ]  # fmt: skip
     assert all(case["images_per_s"] > 0 and case["speedup"] > 0 for case in found["cases"])
     assert all(case["speedup"] == 1 for case in found["cases"] if case["name"] == "agglom")
+
+
+@pytest.mark.slow
+def test_a_step_costs_what_a_bare_one_does(benchmark, tmp_path):
+    """Equal losses are asserted inside; bytes and reads by the host are exact, times of a tiny run mean nothing."""
+    tiny = ["--size", "32", "--batch", "2", "--rounds", "2", "--json", str(tmp_path / "step.json")]
+    found = benchmark("step").main([*tiny, "--precisions", "fp32"])
+    assert [case["name"] for case in found["cases"]] == ["ladder fp32", "mlp fp32"]
+    for case in found["cases"]:
+        assert case["difference"] < 1e-5 and case["memory_ratio"] < 1.05 and case["syncs"] == []
+        assert case["time_ratio"] > 0
+    assert json.loads((tmp_path / "step.json").read_text()) == found
+
+
+def test_reads_by_the_host_are_counted(benchmark):
+    module, x = benchmark("step"), torch.arange(3.0)
+    with module.Syncs("cpu") as syncs:
+        y = (x + 1).sum()
+    assert syncs.found == []
+    with syncs:
+        float(y), bool(y > 0), y.item(), x.tolist(), x.nonzero(), x[x > 0], x.numpy(), x.cpu()
+    assert len(syncs.found) == 8
+
+
+def test_the_peak_is_that_of_all_tensors_alive(benchmark):
+    module = benchmark("step")
+
+    def run() -> None:
+        first = torch.zeros(2**20)  # 4 MiB
+        second = torch.zeros(2 * 2**20)
+        del first
+        third = torch.zeros(2**19)
+        del second, third
+
+    found = module.peak_mib(module.Setting(device="cpu"), run)
+    assert found == pytest.approx(12, abs=0.01)
+
+
+def test_the_exponent_of_the_growth_does_not_see_what_is_constant(benchmark):
+    exponent = benchmark("scale").exponent
+    for p in (0.5, 1.0, 2.0):
+        assert exponent([1, 2, 4, 8], [7 + 3 * n**p for n in (1, 2, 4, 8)]) == pytest.approx(p)
+    with pytest.raises(ValueError, match="three that grow"):
+        exponent([1, 2, 4], [3, 2, 1])
+
+
+@pytest.mark.slow
+def test_memory_of_streamed_images_is_told_by_a_process_of_its_own(benchmark, tmp_path):
+    module = benchmark("scale")
+    data = benchmark("probes").pictures(tmp_path / "data", 64)
+    assert 2e8 < module.child("--resident-of", str(data), "64") < 4e9
+
+
+def test_a_process_is_timed_until_its_line(benchmark):
+    until = benchmark("startup").until
+    script = "import time; print('step 1', flush=True); time.sleep(0.5)"
+    assert until([sys.executable, "-c", script], ".", "step 1") + 0.4 < until([sys.executable, "-c", script], ".", None)
+    with pytest.raises(SystemExit, match="step 1"):  # what it said is shown
+        until([sys.executable, "-c", script], ".", "step 2")
+
+
+def test_tables_are_replaced_and_the_rest_stays(benchmark, tmp_path):
+    module, docs = benchmark("table"), tmp_path / "benchmarks.md"
+    about = {"cpu": "a CPU", "cores": 2, "capability": "AVX512", "torch": "2", "gpu": None, "load": 0.1}
+    case = {"name": "check", "seconds": 4.567, "low": 4.0, "high": 5.0, "cpu": 4.4}
+    (tmp_path / "startup.json").write_text(json.dumps({"machine": about, "cases": [case]}))
+    docs.write_text(f"words\n{module.MARKER}\nold\n")
+    module.main([str(tmp_path), "--docs", str(docs)])
+    text = docs.read_text()
+    assert text.startswith(f"words\n{module.MARKER}\n") and "old" not in text
+    assert "| check | 4.57 | 4.00-5.00 | 4.40 |" in text and "a CPU, 2 cores" in text
+    module.main([str(tmp_path), "--docs", str(docs)])
+    assert docs.read_text() == text
+    docs.write_text("no such line")
+    with pytest.raises(SystemExit, match="no line"):
+        module.main([str(tmp_path), "--docs", str(docs)])

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from agglom.adaptors import LadderAdaptor, OrthogonalAdaptor
 from agglom.balance import Manual, TeacherDropping, Uncertainty
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
 from agglom.errors import UserError
+from agglom.features import Features, InputSpec, resize
+from agglom.looking import look
 from agglom.objectives import MSE
 from agglom.parameters import parameter_groups
 from agglom.place import own_images
@@ -246,3 +249,57 @@ def test_the_student_sees_the_resolution_and_teachers_the_whole_size(tiny_studen
     assert frames.student.shape[-2:] == (32, 32) and frames.view("clip") is images
     expected = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     torch.testing.assert_close(frames.student, expected)
+
+
+def test_clipping_beside_a_fused_optimizer_in_bf16(tiny_student, tiny_teachers, quiet_trainer):
+    """Lightning refuses fused optimisers there unless they leave unscaling alone; gradients go with the step."""
+    held = []
+
+    class Watched(Distiller):
+        def on_before_optimizer_step(self, optimizer):
+            held.append(sum(p.grad is not None for p in self.parameters()))
+            assert optimizer.defaults["fused"]
+
+        def on_train_batch_end(self, *_):
+            held.append(sum(p.grad is not None for p in self.parameters()))
+
+    module = Watched(tiny_student(), tiny_teachers("clip"), warmup_steps=0)
+    trainer = quiet_trainer(max_steps=2, precision="bf16-mixed", gradient_clip_val=1.0, accumulate_grad_batches=2)
+    trainer.fit(module, DataLoader([batch(2, seed) for seed in range(4)], batch_size=None))
+    count = len([p for p in module.parameters() if p.requires_grad])
+    assert held == [count, count, 0] * 2  # after the first micro-batch, before the step, after it
+
+
+def test_teachers_of_one_contract_share_their_resized_images():
+    spec, other = InputSpec(size=(32, 32), stride=8), InputSpec(size=(32, 32), stride=8, interpolation="bilinear")
+    images, made, shown = torch.rand(1, 3, 48, 48), {}, []
+
+    def see(pixels):
+        shown.append(pixels)
+        return Features(None, pixels)
+
+    for contract in (spec, spec, other):
+        look(see, contract, images, resolution=(48, 48), grid=(6, 6), made=made)
+    assert shown[0] is shown[1] and shown[2] is not shown[1]
+    torch.testing.assert_close(shown[0], resize(images, (32, 32), "bicubic"), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_parts_give_the_same_loss(tiny_student, tiny_teachers, quiet_trainer, monkeypatch):
+    compiled = []
+    inductor = torch.nn.Module.compile
+
+    def eagerly(self):  # traces as always, without a C++ compiler at the end
+        compiled.append(type(self).__name__)
+        inductor(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eagerly)
+    found = []
+    for parts in (None, ["student", "teachers", "heads"]):
+        torch.manual_seed(0)
+        module = Distiller(tiny_student(), tiny_teachers("clip"), adaptor=LadderAdaptor, warmup_steps=0, compile=parts)
+        trainer = quiet_trainer(max_steps=3, log_every_n_steps=3)
+        trainer.fit(module, DataLoader([batch(2, seed) for seed in range(3)], batch_size=None))
+        found.append(trainer.logged_metrics["train/loss"])
+    assert compiled == ["TimmStudent", "TinyTeacher", "Head"]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
