@@ -27,12 +27,15 @@ def open_picture(data: bytes) -> Image.Image:
     """PIL's image, of which nothing but the header has been read.
 
     Raises:
+        TooLarge: more pixels than twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970), found out before any is decoded.
         ValueError: no picture that PIL knows.
     """
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:  # its message names a buffer in memory
         raise ValueError(f"{len(data)} bytes that are no picture") from None
+    except Image.DecompressionBombError as err:
+        raise TooLarge(str(err).partition(", could")[0]) from None
 
 
 def decode_image(data: bytes) -> Tensor:
@@ -43,6 +46,10 @@ def decode_image(data: bytes) -> Tensor:
     with open_picture(data) as image:
         pixels = _decode_plain(data) if _is_plain(image) else None
         return _pixels(image) if pixels is None else pixels
+
+
+class TooLarge(ValueError):
+    """A picture of more pixels than is ever decoded."""
 
 
 class Broken(Exception):

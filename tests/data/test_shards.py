@@ -84,7 +84,7 @@ def one_line(excinfo, *parts):
 
 def test_round_trip_of_every_field(tmp_path):
     rng = np.random.default_rng(0)
-    image, seg = rng.integers(0, 256, (7, 5, 3), np.uint8), rng.integers(0, 256, (7, 5), np.uint8)
+    image, seg = rng.integers(0, 256, (7, 5, 3), np.uint8), rng.integers(0, 2, (7, 5), np.uint8) * 255
     boxes = [{"bbox": [1.5, 2, 3, 4], "label": 2, "iscrowd": 0}]
     sample = {
         "key": "000000012",
