@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from agglom.data.batches import Batches
@@ -16,6 +20,8 @@ from agglom.data.streams import Cached, TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
 from agglom.errors import UserError
 from agglom.plan import Plan, Stage, slot
+
+log = logging.getLogger("agglom.data")
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,14 @@ class ViewOptions:
 class ShardDataModule(LightningDataModule):
     """Batches `{"image": uint8 (B, 3, size, size), "key": list[str], ...}` from WebDataset shards.
 
-    The training stream never ends: its length is set in steps (`trainer.max_steps`), and all its batches are full. A
-    resumed run goes on with an order that it has not seen, not with a repetition of its first one. Training batches
-    also say which `part` of the plan they are (`agglom.plan.Part`), and from a step on they may have `crops`:
-    `{"global": uint8 (B, G, 3, global_size, global_size), "local": uint8 (B, L, 3, local_size, local_size)}`.
+    The training stream never ends: its length is set in steps (`trainer.max_steps`), and all its batches are full.
+    Training batches also say which `part` of the plan they are (`agglom.plan.Part`), and from a step on they may have
+    `crops`: `{"global": uint8 (B, G, 3, global_size, global_size), "local": uint8 (B, L, 3, local_size, local_size)}`.
+
+    A resumed run goes on with the very batches that an uninterrupted one would have had. With other readers (workers x
+    ranks), shards, seed or shuffle buffer it says so and goes on with an order that it has not seen, not with a
+    repetition of its first one. To find its place a reader decodes nothing and reads only the shards of what its
+    shuffle buffer held; it takes about a second a million samples that the reader has drawn.
 
     Args:
         data: shard folder, or an address (`s3://`, `gs://`, `https://`, `pipe:`), written by `agglom data ...`.
@@ -110,6 +120,8 @@ class ShardDataModule(LightningDataModule):
         self._stream: TrainStream | None = None
         self._samples_before = 0  # when the batches were this many:
         self._batches_before = 0
+        self._order_before: dict[str, Any] | None = None
+        self._source: Batches | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the index and see that the layout works.
@@ -131,6 +143,7 @@ class ShardDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Endless, shuffled, full batches, each as the plan wants it."""
+        order = self._order()
         self._stream = train_stream(
             self._index(),
             self.train_split,
@@ -139,23 +152,43 @@ class ShardDataModule(LightningDataModule):
             transform=self.train_view,
             shuffle=self.shuffle,
             max_bad_fraction=self.max_bad_fraction,
-            start=self.samples_seen,
+            start=self.samples_seen if order is None else order["start"],
         )
         self._stream.cached = self._cached(self.train_split)
-        return Loader(
-            Batches(
-                self._stream,
-                self.plan,
-                micros=self.micros,
-                first=self._batches(),
-                margin=self.margin,
-                crops=self.crops,
-                crops_start=self.crops_start or 0,
-            ),
-            num_workers=self.num_workers,
-            prefetch=self.prefetch,
-            pin_memory=self._accelerated(),
+        self._source = Batches(
+            self._stream,
+            self.plan,
+            micros=self.micros,
+            first=self._batches(),
+            margin=self.margin,
+            crops=self.crops,
+            crops_start=self.crops_start or 0,
+            workers=max(1, self.num_workers),
+            origin=None if order is None else order["origin"],
         )
+        if order is not None:
+            self._source.resume(order["round"], order["drawn"][self._stream.rank])
+        return Loader(
+            self._source, num_workers=self.num_workers, prefetch=self.prefetch, pin_memory=self._accelerated()
+        )
+
+    def _order(self) -> dict[str, Any] | None:
+        """The order of samples to go on with, None where there is none or it would be another one."""
+        order = self._order_before
+        if order is None or self._batches() != self._batches_before:
+            return None
+        now = self._identity()
+        if changed := [name for name, value in order["of"].items() if value != now.get(name)]:
+            log.warning("other %s than before: going on with a new order of the samples", ", ".join(changed))
+            return None
+        return order
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of samples depends on, besides where it began."""
+        shards = [[shard.file, shard.count] for shard in self._index().shards(self.train_split)]
+        readers = f"{max(1, self.num_workers)} workers x {self.world_size} ranks"
+        digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+        return {"shards": digest, "readers": readers, "data.seed": self.seed, "data.shuffle": self.shuffle}
 
     def val_dataloader(self) -> Loader | list[Any]:
         """Each sample once over all ranks, in the order of the shards. Ranks may differ by one batch."""
@@ -230,17 +263,32 @@ class ShardDataModule(LightningDataModule):
         return self._stream.bad if self._stream else 0
 
     @property
+    def bad_kinds(self) -> dict[str, int]:
+        """The same by kind (`agglom.data.faults.KINDS`)."""
+        return self._stream.bad_kinds if self._stream else {}
+
+    @property
     def uncached_samples(self) -> int:
         """Training samples of this rank without usable features in the cache, since the last start."""
         return self._stream.uncached if self._stream else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training is."""
-        return {"samples_seen": self.samples_seen, "batches": self._batches()}
+        """How far training is, and where every reader is in its order; all ranks call it together."""
+        batches = self._batches()
+        order = self._order_before
+        if self._source is not None and self._stream is not None:
+            drawn = self._source.position(batches)
+            everyone = [drawn] * self.world_size
+            if self.world_size > 1 and torch.distributed.is_initialized():
+                torch.distributed.all_gather_object(everyone, drawn)
+            place = {"start": self._stream.start, "round": self._stream.round, "origin": self._source.origin}
+            order = {"of": self._identity(), **place, "drawn": everyone}
+        return {"samples_seen": self.samples_seen, "batches": batches, **({} if order is None else {"order": order})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there, with an order of its own (the number of samples is part of the seed)."""
+        """Go on from there; where the order can't be the same, with one of its own (their number is in its seed)."""
         self._samples_before, self._batches_before = state_dict["samples_seen"], state_dict["batches"]
+        self._order_before = state_dict.get("order")
 
     def _batches(self) -> int:
         """Batches per rank that the trainer has processed; it restores this number itself, after our state."""

@@ -7,6 +7,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from agglom.data.batches import Batches
@@ -85,6 +86,8 @@ class Loader(DataLoader):
             drop_last=isinstance(source, TrainStream),
             collate_fn=_as_it_is if batch_size is None else _collate,
             worker_init_fn=_leave_signals_to_the_trainer,
+            # left to itself it takes workers' seeds from the generator that dropout draws from, at each beginning
+            generator=torch.Generator().manual_seed(0),
         )
         self.source = source
 
@@ -95,7 +98,7 @@ class Loader(DataLoader):
             if isinstance(batch, _Failure):
                 break
             if isinstance(self.source, Batches):
-                self.source.handed_out()
+                self.source.handed_out(batch)
             yield batch
         else:
             return

@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import random
+from bisect import bisect_left
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -22,20 +24,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import shuffle as shuffle_buffer
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from agglom.data.crops import MultiCrop
+from agglom.data.faults import KINDS, BadSample, Fault, printable
 from agglom.data.index import Index, ShardInfo, open_read, read_index
 from agglom.data.pictures import Broken
+from agglom.data.reading import ShardReader
 from agglom.data.samples import check_fields, decode_sample
 from agglom.data.views import View, Window
+from agglom.draws import keyed
 from agglom.errors import UserError
 
 log = logging.getLogger("agglom.data")
 
 MAX_WORKERS = 256  # rows of the table of counts
-SHOWN = 3  # reports of bad samples that a worker makes before it only counts
+SHOWN = 3  # reports of bad samples of a kind that a worker makes before it only counts
+_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 
 
 # an encoded sample and a generator -> the window of one of its cached views and that view's features; None and zeros
@@ -148,8 +152,9 @@ class Stream(IterableDataset):
         self.total = sum(shard.count for shard in self.shards)
         if not self.total:
             raise UserError(f"{self.index.root}: split {split!r} has no samples")
-        # a row a worker: samples read, samples bad, reports made of them, samples without cached features
-        self._counts = torch.zeros(MAX_WORKERS, 4, dtype=torch.int64).share_memory_()
+        # a row a worker: samples read, samples without cached features; bad samples and reports of them, by kind
+        self._counts = torch.zeros(MAX_WORKERS, 2, dtype=torch.int64).share_memory_()
+        self._bad_counts = torch.zeros(MAX_WORKERS, len(KINDS), 2, dtype=torch.int64).share_memory_()
         self.cached: Cached | None = None
 
     @property
@@ -160,12 +165,17 @@ class Stream(IterableDataset):
     @property
     def bad(self) -> int:
         """Samples that this rank's workers had to skip."""
-        return int(self._counts[:, 1].sum())
+        return int(self._bad_counts[..., 0].sum())
+
+    @property
+    def bad_kinds(self) -> dict[str, int]:
+        """The same by kind (`agglom.data.faults.KINDS`), without those that there are none of."""
+        return _by_kind(self._bad_counts[..., 0].sum(0))
 
     @property
     def uncached(self) -> int:
         """Samples whose cached features were missing or stale."""
-        return int(self._counts[:, 3].sum())
+        return int(self._counts[:, 1].sum())
 
     def slot(self) -> Slot:
         """This process's place among all readers."""
@@ -173,36 +183,34 @@ class Stream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         return Slot(self.rank * workers + worker, self.world_size * workers, worker)
 
-    def _raw(self, shard: ShardInfo, stop: int, damage: list[str]) -> Iterator[dict[str, Any]]:
+    def _raw(self, shard: ShardInfo, stop: int, damage: list[Fault]) -> Iterator[dict[str, Any]]:
         """The samples of one shard before position `stop`, still encoded; what broke the tar goes into `damage`."""
         url = self.index.url(shard)
-
-        def handler(err: Exception) -> bool:
-            # webdataset appends the stream and the address to the arguments; the first one is the message, save errno's
-            said = getattr(err, "strerror", None) or (err.args[0] if err.args else "")
-            damage.append(" ".join(f"{type(err).__name__}: {said}".split()))
-            return True  # go on: the samples that are missing in the end are counted
-
         try:
             with open_read(url) as stream:
-                files = tar_file_expander([{"url": url, "stream": stream}], handler=handler)
-                for position, raw in enumerate(group_by_keys(files, handler=handler)):
+                reader = ShardReader(stream, url)
+                for position, raw in enumerate(reader):
                     if position >= shard.count:
-                        raise UserError(f"{url}: holds more than the {shard.count} samples of the index; write it anew")
+                        raise UserError(
+                            f"{url}: holds more than the {shard.count} samples of the index; `agglom data verify` says "
+                            "which, or write it anew"
+                        )
                     if position >= stop:
                         break
                     yield raw
+                if reader.damage:
+                    damage.append(reader.damage)
         except UserError:
             raise
         except Exception as err:  # open, network, exit status of a pipe
-            handler(err)
+            damage.append(unreadable(err))
 
     def _decode(self, raw: dict[str, Any], slot: Slot, *, whole: bool = True) -> dict[str, Any] | None:
         """The decoded sample (see `decode_sample`), or None for a bad one."""
         try:
-            return decode_sample(raw, self.fields, whole=whole)
-        except Exception as err:
-            self._bad(raw, slot, err)
+            return decode_sample(raw, self.fields, index=self.index, whole=whole)
+        except BadSample as err:
+            self._bad(raw, slot, err.fault)
             return None
 
     def _view(
@@ -219,47 +227,67 @@ class Stream(IterableDataset):
             except Broken as err:
                 if generator is not None and before is not None:
                     generator.set_state(before)  # bad samples draw nothing, whenever they are found out
-                self._bad(raw, slot, err)
+                self._bad(raw, slot, Fault("bad image", str(err)))
                 return None
         else:
             window, features = self.cached(raw, generator)
-            row[3] += window is None
+            row[1] += window is None
             seen = {
                 **self.transform.sample(sample, generator, window), "features": features, "cached": window is not None
             }  # fmt: skip
         row[0] += 1
         return seen
 
-    def _bad(self, raw: dict[str, Any], slot: Slot, err: Exception) -> None:
-        reason = str(err) if isinstance(err, UserError) else f"{raw['__url__']}: sample {raw['__key__']}: {err}"
-        self._account(slot, 1, reason)
+    def _bad(self, raw: dict[str, Any], slot: Slot, fault: Fault) -> None:
+        where = f"{raw['__url__']}: sample {raw['__key__']}"
+        self._account(slot, 1, fault.kind, f"{where}: {fault.kind} ({fault.detail})")
 
-    def _account(self, slot: Slot, number: int, reason: str) -> None:
-        row = self._counts[slot.worker % MAX_WORKERS]
-        row += torch.tensor([number, number, 1, 0])
-        seen, bad, reports, _ = row.tolist()
-        reason = " ".join(reason.split())
+    def _account(self, slot: Slot, number: int, kind: str, reason: str) -> None:
+        worker = slot.worker % MAX_WORKERS
+        counts = self._bad_counts[worker]
+        self._counts[worker, 0] += number
+        counts[_NUMBER[kind]] += torch.tensor([number, 1])
+        seen, bad, reason = int(self._counts[worker, 0]), int(counts[:, 0].sum()), printable(reason)
         if bad > self.max_bad_fraction * max(seen, self.total / slot.total):
+            kinds = ", ".join(f"{kind} {count}" for kind, count in _by_kind(counts[:, 0]).items())
             raise UserError(
-                f"{bad} of {seen} samples read are bad, more than max_bad_fraction {self.max_bad_fraction:g} of a pass;"
-                f" last: {reason}"
+                f"{bad} of {seen} samples read are bad ({kinds}), more than max_bad_fraction {self.max_bad_fraction:g} "
+                f"of a pass; `agglom data verify` lists them; last: {reason}"
             )
-        if reports <= SHOWN:
+        if counts[_NUMBER[kind], 1] <= SHOWN:
             log.warning("skipped %d bad sample%s: %s", number, "s" * (number > 1), reason)
 
-    def _short(self, slot: Slot, shard: ShardInfo, missing: int, damage: list[str]) -> None:
+    def _short(self, slot: Slot, shard: ShardInfo, missing: int, damage: list[Fault]) -> None:
         """A shard that ended before its time."""
         if missing > 0:
-            why = damage[0] if damage else "the file ends early"
-            self._account(slot, missing, f"{self.index.url(shard)}: {missing} samples can't be read ({why})")
+            fault = damage[0] if damage else Fault("wrong count", f"{missing} fewer than the index says")
+            where = self.index.url(shard)
+            self._account(
+                slot, missing, fault.kind, f"{where}: {missing} samples can't be read: {fault.kind} ({fault.detail})"
+            )
+
+
+def unreadable(err: Exception) -> Fault:
+    """What it means for a shard that it can't be opened."""
+    said = f"{type(err).__name__}: {getattr(err, 'strerror', None) or err}"
+    return Fault("missing shard" if isinstance(err, FileNotFoundError) else "unreadable shard", printable(said))
+
+
+def _by_kind(counts: Tensor) -> dict[str, int]:
+    return {kind: number for kind, number in zip(KINDS, counts.tolist(), strict=True) if number}
 
 
 class TrainStream(Stream):
     """See `train_stream`.
 
+    A reader's order is a function of seed, `start`, round and its slot alone, and so are the view and the crops of its
+    n-th draw: they don't depend on what was broken, or on how samples became batches. What can't be read has its place
+    in the order and is left out when its turn comes. So a position is one number a reader, and `resume` goes on there.
+
     Attributes:
         crops: what makes `crops` of each decoded image, beside the transformed one; None (at first) for no crops. May
             change between two samples.
+        drawn: places of the order that this process has drawn, those before a `resume` and unreadable ones included.
     """
 
     def __init__(self, *common: Any, seed: int, shuffle: int, start: int) -> None:
@@ -268,36 +296,68 @@ class TrainStream(Stream):
             raise UserError(f"seed {seed}, start {start}, shuffle {shuffle}: valid: 0 or more")
         self.seed, self.shuffle, self.start = seed, shuffle, start
         self.crops: MultiCrop | None = None
+        self.drawn = 0
         self._round = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._resumed: tuple[int, list[int]] = (-1, [])  # a round, and where its readers begin
+        self._turn = 0
+
+    @property
+    def round(self) -> int:
+        """How often the stream was begun."""
+        return int(self._round)
 
     def begin(self) -> None:
         """Called before workers start to read: the next order is another one (`Loader` does it)."""
         self._round += 1
 
+    def resume(self, number: int, drawn: Sequence[int], turn: int) -> None:
+        """Let the next beginning be round `number` again, in its middle.
+
+        Nothing is decoded on the way, and only what the shuffle buffers held is read again: the shards of the last few
+        thousand samples. Finding the place costs about a second a million samples that a reader has drawn.
+
+        Args:
+            number: the round.
+            drawn: what each reader of this rank has drawn of it.
+            turn: which reader is the first worker now.
+        """
+        self._round.fill_(number - 1)
+        self._resumed, self._turn = (number, list(drawn)), turn
+
+    def slot(self) -> Slot:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.round == self._resumed[0]:
+            worker = (worker + self._turn) % workers
+        return Slot(self.rank * workers + worker, self.world_size * workers, worker)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if get_worker_info() is None:
             self.begin()
+        return self.samples()
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """The samples of this reader in the round that has begun."""
         slot = self.slot()
         if len(self.shards) < slot.total:
             raise UserError(
                 f"{self.index.root}: split {self.split!r} has {len(self.shards)} shards for {slot.total} readers"
                 " (workers x ranks); set data.num_workers lower or write more shards"
             )
-        here = [self.seed, self.start, int(self._round)]
-        generator = torch.Generator().manual_seed(_seed(here, 0, slot.number))
+        here = [self.seed, self.start, self.round]
+        number, positions = self._resumed
+        self.drawn = positions[slot.worker] if number == self.round else 0
         # crops have their own, so that the views stay what they are without crops
-        crop_generator = torch.Generator().manual_seed(_seed(here, 3, slot.number))
-        # a buffer longer than a pass would only read everything several times before the first sample
-        buffer = max(1, min(self.shuffle, self.total // slot.total))
-        raws = self._endless(slot, here)
-        if buffer > 1:
-            rng = random.Random(_seed(here, 1, slot.number))
-            raws = shuffle_buffer(buffer, initial=buffer, rng=rng)(raws)
-        for raw in raws:
-            if (sample := self._decode(raw, slot, whole=self._whole())) is None:
+        view_generator, crop_generator = torch.Generator(), torch.Generator()
+        for raw in self._shuffled(slot, here, self.drawn):
+            draw = (*here, slot.number, self.drawn)
+            self.drawn += 1
+            if raw is None or (sample := self._decode(raw, slot, whole=self._whole())) is None:
                 continue
-            crops = {"crops": self.crops(sample["image"], crop_generator)} if self.crops else {}
-            if (seen := self._view(sample, raw, slot, generator)) is not None:
+            crops = {}
+            if self.crops:
+                crops = {"crops": self.crops(sample["image"], crop_generator.manual_seed(keyed("crops", *draw)))}
+            if (seen := self._view(sample, raw, slot, view_generator.manual_seed(keyed("view", *draw)))) is not None:
                 yield {**seen, **crops}
 
     def _whole(self) -> bool:
@@ -305,22 +365,62 @@ class TrainStream(Stream):
         view_only = self.transform is not None and self.cached is None and self.crops is None
         return not view_only or "seg" in self.fields or "boxes" in self.fields
 
-    def _endless(self, slot: Slot, here: list[int]) -> Iterator[dict[str, Any]]:
-        number = 0
+    def _shuffled(self, slot: Slot, here: list[int], skip: int) -> Iterator[dict[str, Any] | None]:
+        """What the reader draws from draw number `skip` on; None for what can't be read.
+
+        Each draw takes one of a full buffer at random, and the next of the endless sequence takes its place.
+        """
+        # a buffer longer than a pass would only read everything several times before the first sample
+        size = max(1, min(self.shuffle, self.total // slot.total))
+        randrange = random.Random(_seed(here, 1, slot.number)).randrange
+        places = list(range(size))
+        for head in range(size, size + skip):
+            at = randrange(size)
+            places[at] = places[-1]
+            places[-1] = head
+        entries = self._entries(slot, here, skip, size + skip, sorted(places))
+        held = dict(islice(entries, size))
+        buffer = [held.pop(place) for place in places]
         while True:
+            at = randrange(size)
+            yield buffer[at]
+            buffer[at] = buffer[-1]
+            buffer[-1] = next(entries)[1]
+
+    def _entries(
+        self, slot: Slot, here: list[int], skip: int, head: int, held: list[int]
+    ) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """(place, sample or None) of the reader's endless sequence of shards: the `held` places, then all from `head`.
+
+        Args:
+            skip: what lies before is known from an earlier run and not counted (as bad, for example) again.
+            head: greater than all of `held`, which are in order.
+        """
+        place, wanted = 0, set(held)  # of the shard's first sample
+        for number in count():
             order = list(self.shards)
             random.Random(_seed(here, 2, number)).shuffle(order)  # the same for all slots
-            found = False
+            found, begun = False, place
             for shard in order[slot.number :: slot.total]:
-                damage: list[str] = []
+                first, place = place, place + shard.count
+                stop = shard.count
+                if place <= head:  # up to the last that is held
+                    stop = max(0, held[last] - first + 1) if (last := bisect_left(held, place) - 1) >= 0 else 0
+                if stop == 0:
+                    continue
+                damage: list[Fault] = []
                 position = -1
-                for position, raw in enumerate(self._raw(shard, shard.count, damage)):  # noqa: B007
-                    yield raw
-                self._short(slot, shard, shard.count - 1 - position, damage)
+                for position, raw in enumerate(self._raw(shard, stop, damage)):
+                    if first + position >= head or first + position in wanted:
+                        yield first + position, raw
+                if place > skip:
+                    self._short(slot, shard, stop - 1 - position, damage)
+                for lost in range(first + position + 1, first + stop):
+                    if lost >= head or lost in wanted:
+                        yield lost, None
                 found |= position >= 0
-            if not found:
+            if not found and begun >= skip:
                 raise UserError(f"{self.index.root}: split {self.split!r}: nothing could be read in a whole pass")
-            number += 1
 
 
 def _seed(*parts: Any) -> int:
@@ -351,7 +451,7 @@ class EvalStream(Stream):
             offset += shard.count
             if first >= stop:
                 continue
-            damage: list[str] = []
+            damage: list[Fault] = []
             position = -1
             for position, raw in enumerate(self._raw(shard, stop, damage)):
                 if position < first or (sample := self._decode(raw, slot)) is None:

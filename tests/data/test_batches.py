@@ -117,7 +117,7 @@ def test_a_worker_that_starts_late_begins_where_the_others_did(root):
     batches.begin()
     late = iter(batches)
     for _ in range(3):
-        batches.handed_out()
+        batches.handed_out({"drawn": 0})
     assert next(late)["part"].stage == 0
     batches.begin()
     assert next(iter(batches))["part"].stage == 1

@@ -1,4 +1,4 @@
-"""The data module: batches, the layout it refuses, and a resume in Lightning that goes on with an order of its own."""
+"""The data module: batches, the layout it refuses, and a resume in Lightning that goes on with the next batches."""
 
 import itertools
 import logging
@@ -131,10 +131,11 @@ class Recorder(LightningModule):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
-        self.keys, self.val_keys = [], []
+        self.keys, self.val_keys, self.images = [], [], []
 
     def training_step(self, batch, batch_idx):
         self.keys.append(tuple(batch["key"]))
+        self.images.append(batch["image"])
         return self.layer(batch["image"].float().mean().view(1, 1)).sum() * 0
 
     def validation_step(self, batch, batch_idx):
@@ -151,28 +152,81 @@ def trainer(root, steps, **options):
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_goes_on_with_another_order(root, tmp_path, workers):
-    def run(steps, ckpt=None):
-        model, data = Recorder(), module(root, num_workers=workers, shuffle=10)
-        fit = trainer(tmp_path, steps, val_check_interval=6)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit.fit(model, data, ckpt_path=ckpt)
-        return fit, model, data
+def run(root, folder, steps, ckpt=None, micros=1, **options):
+    """Train so many steps and leave a checkpoint `STEPS.ckpt`; returns what the model and the data module hold."""
+    model, data = Recorder(), module(root, **{"shuffle": 10, "max_bad_fraction": 0.9, **options})
+    fit = trainer(folder, steps, val_check_interval=6, accumulate_grad_batches=micros)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit.fit(model, data, ckpt_path=ckpt)
+    fit.save_checkpoint(folder / f"{steps}.ckpt")
+    return model, data
 
-    fit, first, data = run(6)
-    assert len(first.keys) == 6 and data.samples_seen == 24
-    assert sorted(first.val_keys) == [f"{n:09d}" for n in range(100, 107)]
-    fit.save_checkpoint(tmp_path / "a.ckpt")
-    fit, second, data = run(12, tmp_path / "a.ckpt")
-    assert fit.global_step == 12 and len(second.keys) == 6 and data.samples_seen == 48
-    assert second.keys != first.keys
-    _, again, _ = run(12, tmp_path / "a.ckpt")
+
+def spoil(root):
+    """A truncated shard, a missing one, and two pictures that are none."""
+    path = root / "train-000002.tar"
+    path.write_bytes(path.read_bytes()[: 4 * 2048])
+    path = root / "train-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"PNG", b"GNP", 2))
+
+
+@pytest.mark.parametrize(("workers", "broken"), [(0, True), (1, False), (3, True)])
+def test_a_resumed_run_goes_on_with_the_same_batches(root, tmp_path, workers, broken):
+    """Pixels too, as views are random; stopped twice, where it isn't the first worker's turn, and in a later pass."""
+    if broken:
+        spoil(root)
+    options = {"num_workers": workers, "val_split": None}
+    whole, counted = run(root, tmp_path, 44, **options)
+    first, _ = run(root, tmp_path, 4, **options)
+    second, _ = run(root, tmp_path, 24, tmp_path / "4.ckpt", **options)
+    third, data = run(root, tmp_path, 44, tmp_path / "24.ckpt", **options)
+    assert first.keys + second.keys + third.keys == whole.keys and len(third.keys) == 20
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.images + second.images + third.images, whole.images, strict=True)
+    )
+    assert data.samples_seen == counted.samples_seen == 176
+
+
+@pytest.mark.parametrize("change", [{"num_workers": 2}, {"seed": 1}, {"shuffle": 5}])
+def test_other_readers_go_on_with_an_order_not_seen_before(root, tmp_path, change, caplog):
+    """Neither the first order again nor its continuation, and that is said; another resume gives the same."""
+    whole, _ = run(root, tmp_path, 12, num_workers=1)
+    run(root, tmp_path, 6, num_workers=1)
+    options = {"num_workers": 1, **change}
+    with caplog.at_level(logging.WARNING, "agglom.data"):
+        second, data = run(root, tmp_path, 12, tmp_path / "6.ckpt", **options)
+    assert "going on with a new order" in caplog.text and data.samples_seen == 48
+    assert second.keys not in (whole.keys[:6], whole.keys[6:])
+    again, _ = run(root, tmp_path, 12, tmp_path / "6.ckpt", **options)
     assert again.keys == second.keys, "a resume is as reproducible as a start"
-    fit.save_checkpoint(tmp_path / "b.ckpt")
-    _, third, data = run(18, tmp_path / "b.ckpt")
-    assert data.samples_seen == 72 and len({tuple(m.keys) for m in (first, second, third)}) == 3
+
+
+def test_other_batches_of_the_same_order(root, tmp_path):
+    """The size of a batch doesn't matter to the order: samples go on where they were."""
+    whole, _ = run(root, tmp_path, 12)
+    run(root, tmp_path, 6)
+    second, _ = run(root, tmp_path, 9, tmp_path / "6.ckpt", batch_size=8)
+    assert sum(second.keys, ()) == sum(whole.keys[6:], ())
+
+
+def test_finding_the_place_reads_only_what_the_buffer_held(root, monkeypatch):
+    """After ten passes of 40 samples, the buffer's 10 lie in few shards; nothing is decoded on the way."""
+    from agglom.data import streams
+
+    def stream():
+        return streams.train_stream(root, "train", shuffle=10)
+
+    whole = [sample["key"] for sample in itertools.islice(stream(), 410)]
+    opened, decoded = [], []
+    monkeypatch.setattr(streams, "open_read", lambda url, f=streams.open_read: opened.append(url) or f(url))
+    monkeypatch.setattr(
+        streams, "decode_sample", lambda *a, f=streams.decode_sample, **k: decoded.append(1) or f(*a, **k)
+    )
+    resumed = stream()
+    resumed.resume(1, [400], 0)
+    assert [sample["key"] for sample in itertools.islice(resumed, 10)] == whole[400:]
+    assert len(opened) <= 8 and len(decoded) == 10
 
 
 def test_errors_of_workers_stop_the_trainer_with_one_line(root):

@@ -247,12 +247,13 @@ def test_evaluation_and_cached_features_see_whole_images(tmp_path):
     assert torch.equal(next(iter(stream))["image"], EvalView(size=32).cut(decode_image(data).contiguous(), window))
 
 
-def test_a_broken_body_is_counted_and_takes_no_draw(tmp_path):
-    good = [(jpeg(smooth(400, 300, seed=n)), "jpg") for n in range(6)]
-    broken = (good[0][0][: len(good[0][0]) // 2], "jpg")
-    _, expected = seen(shards(tmp_path / "good", good), TrainView(size=32), 6)
-    stream, found = seen(
-        shards(tmp_path / "one", [*good[:2], broken, *good[2:]]), TrainView(size=32), 6, max_bad_fraction=0.5
-    )
+@pytest.mark.parametrize("part", [0.5, 0.001])
+def test_a_broken_sample_is_counted_and_leaves_the_others_their_views(tmp_path, part):
+    """Wherever it breaks, in its header or in its body."""
+    data = [(jpeg(smooth(400, 300, seed=n)), "jpg") for n in range(7)]
+    _, expected = seen(shards(tmp_path / "good", data), TrainView(size=32), 7)
+    data[2] = (data[2][0][: int(len(data[2][0]) * part)], "jpg")
+    stream, found = seen(shards(tmp_path / "one", data), TrainView(size=32), 6, max_bad_fraction=0.5)
     assert (stream.bad, stream.seen) == (1, 7)
+    del expected[2]
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(found, expected, strict=True))
