@@ -40,13 +40,13 @@ class ShardReader:
         self._seen: set[str] = set()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        headers = _Headers()
+        headers: Any = _Headers()  # tarfile wants a class and takes anything that has the method
         sample: dict[str, Any] | None = None
         within = False  # a file of the sample
         try:
-            with tarfile.open(fileobj=self.stream, mode="r|*", tarinfo=headers) as tar:  # type: ignore[arg-type]
+            with tarfile.open(fileobj=self.stream, mode="r|*", tarinfo=headers) as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would remember them all
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
                     key, extension = _split(member)
                     if key is None:
                         continue
@@ -87,7 +87,7 @@ _BROKEN = (
 
 
 class _Headers:
-    """What tarfile reads headers with. It ends quietly at a damaged one, so this remembers what it was that ended it."""
+    """What tarfile reads headers with. It ends quietly at a damaged one; this remembers what ended it."""
 
     def __init__(self) -> None:
         self.end: Exception | None = None

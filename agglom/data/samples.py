@@ -63,7 +63,7 @@ def decode_sample(
 
 
 def sample_faults(raw: Mapping[str, Any], fields: Sequence[str], index: Index) -> list[Fault]:
-    """Everything that is wrong with a sample: as a whole, in each of `fields` and of what else it has, and between them.
+    """Everything wrong with a sample: as a whole, in each of `fields` and of what else it has, and between them.
 
     None is found in just those samples that `decode_sample` takes with these fields.
     """

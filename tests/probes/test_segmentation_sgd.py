@@ -162,7 +162,7 @@ def test_bad_input_is_one_line(shards, tmp_path):
     image, seg = np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)
     good = subject(shards, Colours())
     for mask, message in (
-        (seg[:8], r"sample b: image of \(16, 16\) pixels, mask of \(8, 16\)"),
+        (seg[:8], r"sample b: mask size \(image of \(16, 16\) pixels, mask of \(8, 16\)"),
         (seg + 7, "mask value 7"),
     ):
         shard = write_shard(tmp_path / "train.tar", [{"key": "b", "image": image, "seg": mask}])
