@@ -15,7 +15,7 @@ from agglom.errors import UserError, nearest
 COMMANDS = {
     "fit": "train a student from a YAML file; --ckpt_path last resumes",
     "check": "validate YAML files without building anything; prints every problem",
-    "data": "write shards: agglom data scenes|imagefolder|coco|ade|voc|csv",
+    "data": "write shards: agglom data scenes|imagefolder|coco|ade|voc|csv; agglom data verify finds broken ones",
     "cache": "run the teachers over shards once and keep their features",
     "probe": "evaluate frozen backbones on shards",
     "report": "report.json -> report.md and report.html",
@@ -98,6 +98,7 @@ def _run(name: str, args: list[str]) -> None:
             "ade": commands.data_ade,
             "voc": commands.data_voc,
             "csv": commands.data_csv,
+            "verify": commands.data_verify,
         }
         if not args or args[0] not in writers:
             given = args[0] if args else "nothing"
@@ -105,16 +106,18 @@ def _run(name: str, args: list[str]) -> None:
                 print(f"usage: agglom data {{{','.join(writers)}}} [options]")
                 return
             raise UserError(f"{given!r} is no data set writer; {nearest(given, writers)}")
-        _call(writers[args[0]], args[1:], f"agglom data {args[0]}")
+        _call(writers[args[0]], _named(args[0], args[1:]), f"agglom data {args[0]}")
         return
     _call(getattr(commands, name), _named(name, args), f"agglom {name}")
 
 
 def _named(name: str, args: list[str]) -> list[str]:
-    """`info REF`, `report DIR DIR` and `cache --dry-run` as the options that their functions take."""
+    """`info REF`, `data verify DIR`, `report DIR DIR` and `cache --dry-run` as options that their functions take."""
     plain = [arg for arg in args if not arg.startswith("-")]
     if name == "info" and args[:1] == plain[:1] and plain:
         return ["--ref", *args]
+    if name == "verify" and args[:1] == plain[:1] and plain:
+        return ["--data", *args]
     if name == "cache":
         return ["--dry_run=true" if arg == "--dry-run" else arg for arg in args]
     if name == "report" and len(plain) == len(args):

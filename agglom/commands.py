@@ -239,6 +239,33 @@ def data_csv(
     )
 
 
+def data_verify(data: str, clean: str | None = None, workers: int | None = None) -> None:
+    """Read and decode all shards once and list every fault; exit code 2 where there are any, 0 where there are none.
+
+    What it finds is what streams skip, count or refuse.
+
+    Args:
+        data: shard folder, or an address of one.
+        clean: new folder for an index of what is good. Shards without a bad sample stay where they are and are named
+            by their full path; the others are written anew there, without the bad ones. Nothing of `data` is changed.
+        workers: processes; left out: one a core.
+    """
+    from agglom.data.verify import verify
+
+    report = verify(data, clean=clean, workers=workers, tell=lambda finding: print(finding, flush=True))
+    if report.findings:
+        print()
+        for kind, number in report.kinds.items():
+            print(f"{number:7} {kind}")
+    if report.cleaned:
+        print(report.cleaned)
+    read = f"{report.samples} samples in {report.shards} shards of {data}"
+    if report.findings:
+        faults = len(report.findings)
+        raise UserError(f"{faults} fault{'s' * (faults > 1)} in {read}")
+    print(f"no faults in {read}")
+
+
 def cache(
     config: str,
     out: str,

@@ -121,12 +121,14 @@ def write_index(
     licence: str = "unknown",
     source: str = "",
     extra: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Sequence[str]] | None = None,
 ) -> Path:
     """Write `root/index.json` (atomically) for shards that are already there.
 
     Args:
         root: the shard folder.
-        splits: split -> its shards. What fields a split has is read from its first sample.
+        splits: split -> its shards.
+        fields: split -> the fields that its samples have; None: read from each split's first sample.
         classes, seg_classes, language, licence, source, extra: see `Index`.
 
     Returns:
@@ -148,7 +150,7 @@ def write_index(
         "splits": {
             split: {
                 "count": sum(shard.count for shard in shards),
-                "fields": _stored_fields(root, shards),
+                "fields": _stored_fields(root, shards) if fields is None else list(fields[split]),
                 "shards": [{"file": shard.file, "count": shard.count} for shard in shards],
             }
             for split, shards in splits.items()
@@ -165,11 +167,12 @@ def write_index(
     return path
 
 
-def read_index(root: Path | str) -> Index:
+def read_index(root: Path | str, *, check_files: bool = True) -> Index:
     """Read the index of a shard folder and check that its shards are there.
 
     Args:
         root: a folder, or an address that fsspec or webdataset can open (`s3://`, `gs://`, `https://`, `pipe:`).
+        check_files: False reads the index alone.
 
     Raises:
         UserError: no such folder, no index, not an index, or shards that are missing or empty on disk.
@@ -181,6 +184,7 @@ def read_index(root: Path | str) -> Index:
     try:
         with open_read(address) as stream:
             body = json.loads(stream.read())
+        json.dumps(body, ensure_ascii=False).encode()  # refuses lone surrogates, which no terminal takes
     except FileNotFoundError as err:
         raise UserError(
             f"{root}: not a shard folder, it has no {INDEX_NAME}; write one with `agglom data ...`"
@@ -190,7 +194,7 @@ def read_index(root: Path | str) -> Index:
     except Exception as err:  # fsspec backends raise what they like
         raise UserError(f"{address}: can't be read ({type(err).__name__}: {_one_line(err)})") from err
     index = _parse(root, address, body)
-    if not is_remote(root):
+    if check_files and not is_remote(root):
         _check_files(index)
     return index
 
@@ -231,22 +235,48 @@ def _parse(root: str, address: str, body: Any) -> Index:
     if body.get("version") != VERSION:
         raise UserError(f"{address}: version {body.get('version')!r}; this agglom reads version {VERSION}")
     try:
+        splits = _typed(body, "splits", dict)
         return Index(
             root=root,
-            splits={
-                split: tuple(ShardInfo(str(shard["file"]), int(shard["count"])) for shard in entry["shards"])
-                for split, entry in body["splits"].items()
-            },
-            fields={split: tuple(entry["fields"]) for split, entry in body["splits"].items()},
-            classes=tuple(body["classes"]) if body.get("classes") is not None else None,
-            seg_classes=tuple(body["seg_classes"]) if body.get("seg_classes") is not None else None,
-            language=body.get("language"),
-            licence=body.get("licence", "unknown"),
-            source=body.get("source", ""),
-            extra=body.get("extra") or {},
+            splits={split: tuple(map(_shard, _typed(entry, "shards", list))) for split, entry in splits.items()},
+            fields={split: _names(entry, "fields") for split, entry in splits.items()},
+            classes=_names(body, "classes") if body.get("classes") is not None else None,
+            seg_classes=_names(body, "seg_classes") if body.get("seg_classes") is not None else None,
+            language=None if body.get("language") is None else _typed(body, "language", str),
+            licence=_typed({"licence": "unknown", **body}, "licence", str),
+            source=_typed({"source": "", **body}, "source", str),
+            extra=_typed(body, "extra", dict) if body.get("extra") else {},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise UserError(f"{address}: broken shard index ({type(err).__name__}: {err}); write the shards again") from err
+    except ValueError as err:
+        raise UserError(f"{address}: broken shard index ({err}); write the shards again") from err
+
+
+_CALLED = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+def _typed(entry: Any, key: str, kind: type) -> Any:
+    if not isinstance(entry, dict) or key not in entry:
+        raise ValueError(f"no {key!r}")
+    if type(entry[key]) is not kind:
+        raise ValueError(f"{key} {entry[key]!r:.40} is not {_CALLED[kind]}")
+    return entry[key]
+
+
+def _names(entry: Any, key: str) -> tuple[str, ...]:
+    names = _typed(entry, key, list)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{key}: {wrong[0]!r:.40} is not a name")
+    return tuple(names)
+
+
+def _shard(entry: Any) -> ShardInfo:
+    file, count = _typed(entry, "file", str), _typed(entry, "count", int)
+    if not 0 <= count < 1 << 40:
+        raise ValueError(f"count {count!r:.40} of {file!r:.80}; valid: 0 or more samples")
+    # an index comes with the data; only whoever names the data may name commands
+    if not file.isprintable() or not file or file.startswith("pipe:"):
+        raise ValueError(f"file {file!r:.80}; valid: a path or an address")
+    return ShardInfo(file, count)
 
 
 def _check_files(index: Index) -> None:

@@ -50,14 +50,26 @@ def write_shard(path: Path | str, samples: Iterable[Mapping[str, Any]], *, image
     """
     if image_format not in _ENCODE:
         raise UserError(f"image_format: {image_format!r}; valid: {', '.join(_ENCODE)}")
+    return write_encoded(path, (encode_sample(sample, image_format=image_format) for sample in _source(samples)))
+
+
+def write_encoded(
+    path: Path | str, samples: Iterable[tuple[str, Iterable[tuple[str, bytes]]]], *, format: int = tarfile.USTAR_FORMAT
+) -> ShardInfo:
+    """Write one shard of samples that are bytes already; see `write_shard`.
+
+    Args:
+        path: where to.
+        samples: (key, members as (extension, bytes)) a sample, stored as they are.
+        format: of tarfile; PAX_FORMAT also holds keys of more than 100 characters.
+    """
     path = Path(path)
     scratch = path.parent / f".{path.name}.{os.getpid()}.tmp"
     seen: set[str] = set()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(scratch, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in _source(samples):
-                key, members = encode_sample(sample, image_format=image_format)
+        with tarfile.open(scratch, "w", format=format) as tar:
+            for key, members in samples:
                 if key in seen:
                     raise ValueError(f"sample key {key!r} twice in {path.name}")
                 seen.add(key)

@@ -228,8 +228,8 @@ def _make_room(out: Path, overwrite: bool) -> None:
     old = read_index(out)
     (out / INDEX_NAME).unlink()  # first, so that no index ever speaks of shards that are gone
     for shard in (shard for shards in old.splits.values() for shard in shards):
-        if not is_remote(shard.file):
-            Path(old.url(shard)).unlink(missing_ok=True)
+        if not is_remote(shard.file) and out.resolve() in (path := Path(old.url(shard)).resolve()).parents:
+            path.unlink(missing_ok=True)  # an index may also name shards elsewhere, which stay
 
 
 def _hash(text: str) -> str:
