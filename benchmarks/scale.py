@@ -16,7 +16,8 @@ log(size), by least squares. (Pixels: each side doubles, so cells grow fourfold;
     resident    highest resident memory of a process that streams 1x, 4x, 16x as many images through `agglom`'s data
                 module and trains on them
 
-Costs are CPU time of this process, medians over steps and rounds; rounds run all sizes in turns.
+Costs are CPU time of this process: the fastest of all steps of a size, which other work has disturbed least; a median
+would put that work into the differences. Rounds run all sizes in turns.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def grow(name: str, plan: Mapping[int, tuple[Setting, int]], rounds: int, steps:
     for number in range(rounds):
         for size in list(plan)[:: -1 if number % 2 else 1]:
             found[size] += cost(*plan[size], steps)
-    costs = [statistics.median(found[size]) for size in plan]
+    costs = [min(found[size]) for size in plan]
     slope = exponent(list(plan), costs)
     told = ", ".join(f"{size}: {1e3 * c:.0f} ms" for size, c in zip(plan, costs, strict=True))
     print(f"{name:9} {told}; exponent of the growth {slope:.3f}", flush=True)
