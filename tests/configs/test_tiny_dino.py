@@ -13,7 +13,7 @@ from agglom.selfdistill import Dino
 from agglom.selfdistill.dino import LEAST_INFORMATION, LEAST_STD
 
 RECIPE = Path(str(files("agglom.configs"))).resolve() / "recipes" / "tiny_dino.yaml"
-PROTOTYPES = 512
+PROTOTYPES = 256
 
 
 @pytest.mark.slow
