@@ -31,6 +31,8 @@ _EXTRA = {
     "ckpt_path": str | None,
     "overwrite": bool,
     "checkpoint_every": int,
+    "checkpoint_minutes": float | None,
+    "checkpoint_keep": int,
     "stages": list[Stage] | None,
 }
 

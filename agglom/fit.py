@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
 import yaml
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
 
 from agglom.cache.check import cached_teachers
-from agglom.callbacks import RunCSVLogger, RunDirectory, Stopped, TrainingProgress, checkpoint_path, drop_rows_after
+from agglom.callbacks import (
+    Checkpoints,
+    RandomState,
+    RunCSVLogger,
+    RunDirectory,
+    Stopped,
+    TrainingProgress,
+    Unreadable,
+    drop_rows_after,
+    model_differences,
+    newest,
+    origin_of,
+    read_checkpoint,
+    remove_checkpoints,
+)
 from agglom.checks import Invalid, check_config, locate
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
@@ -48,6 +62,10 @@ class FitCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Start anew in a run directory that is in use."
         )
         parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimiser steps between checkpoints.")
+        parser.add_argument(
+            "--checkpoint_minutes", type=float | None, default=30, help="The longest time between two; null for none."
+        )
+        parser.add_argument("--checkpoint_keep", type=int, default=2, help="How many of the last checkpoints are kept.")
         parser.add_argument("--stages", type=list[Stage] | None, default=None, help="Spans of steps; see agglom.plan.")
         parser.link_arguments("stages", "model.stages")
         parser.link_arguments("stages", "data.stages")
@@ -64,16 +82,16 @@ class FitCLI(LightningCLI):
         problems = check_config(plain)
         if problems:
             raise Invalid(problems)
+        self.model_config = plain["model"]
         config = self.config.fit
         for name, entry in cached_teachers(plain).items():  # not built at all: their weights stay where they are
             config.model.teachers[name].encoder = Namespace(
                 class_path=entry["class_path"], init_args=Namespace(**entry["init_args"])
             )
         self.root = Path(config.trainer.default_root_dir or "runs/default")
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(checkpoint_path(self.root))
-        if config.ckpt_path and not Path(config.ckpt_path).is_file():
-            raise UserError(f"ckpt_path: {config.ckpt_path} does not exist; remove --ckpt_path to start a new run")
+        self.origin: dict[str, Any] | None = None  # what the checkpoint to go on from says of itself
+        if config.ckpt_path:
+            self._find_checkpoint(config, plain["model"])
         if not config.ckpt_path and (self.root / "config.yaml").exists() and not config.overwrite:
             raise UserError(
                 f"trainer.default_root_dir: {self.root} holds a run; resume it with --ckpt_path last, start anew with "
@@ -86,9 +104,35 @@ class FitCLI(LightningCLI):
                 f"trainer.default_root_dir: {self.root}: {err.strerror}; valid: a folder of yours; choose another"
             ) from err
 
+    def _find_checkpoint(self, config: Namespace, model: dict[str, Any]) -> None:
+        """Which file `ckpt_path` means, and whether this run may go on from it."""
+        if config.ckpt_path == "last":
+            try:
+                path, state, lines = newest(self.root)
+            except Unreadable as err:
+                raise UserError(f"ckpt_path: {err}; remove --ckpt_path to start a new run") from err
+            for line in lines:
+                print(f"agglom fit: {line}; resuming from {path}, step {state['global_step']}", file=sys.stderr)
+        else:
+            path = Path(config.ckpt_path)
+            if not path.is_file():
+                raise UserError(f"ckpt_path: {path} does not exist; remove --ckpt_path to start a new run")
+            try:
+                state = read_checkpoint(path)
+            except Unreadable as err:
+                raise UserError(f"ckpt_path: {path} can't be read ({err}); take another checkpoint, or last") from err
+        self.origin, self.resumed_at = origin_of(state), state["global_step"]
+        if differences := model_differences(self.origin.get("model", model), model):
+            raise UserError(
+                f"ckpt_path: {path} is of another model: {'; '.join(differences)}; put that back or start a new run"
+            )
+        config.ckpt_path = str(path)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config.fit
         kwargs["default_root_dir"] = str(self.root)
+        if not config.ckpt_path:
+            remove_checkpoints(self.root)
         if config.trainer.logger in (None, True):
             if not config.ckpt_path:
                 (self.root / "metrics.csv").unlink(missing_ok=True)
@@ -96,27 +140,21 @@ class FitCLI(LightningCLI):
                 RunCSVLogger(str(self.root)),
                 TensorBoardLogger(str(self.root), name="tensorboard", version=""),
             ]
-        checkpoints = checkpoint_path(self.root)
+        self.directory = RunDirectory(size=config.data.size, resumed=self.origin, model=self.model_config)
         self.trainer_defaults["callbacks"] = [
             TrainingProgress(),
-            ModelCheckpoint(
-                dirpath=checkpoints.parent,
-                filename=checkpoints.stem,
-                every_n_train_steps=config.checkpoint_every,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
-            RunDirectory(size=config.data.size, resuming=bool(config.ckpt_path)),
+            RandomState(),
+            Checkpoints(config.checkpoint_every, config.checkpoint_minutes, config.checkpoint_keep),
+            self.directory,
         ]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, model: Distiller, datamodule: ShardDataModule, **kwargs: Any) -> None:
         if kwargs.get("ckpt_path"):
-            import torch
-
-            step = torch.load(kwargs["ckpt_path"], weights_only=True, map_location="cpu")["global_step"]
-            drop_rows_after(self.root / "metrics.csv", step)
+            drop_rows_after(self.root / "metrics.csv", self.resumed_at)
         self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+        if not self.directory.exported:  # a run that was killed after its last step, and has none to make now
+            self.directory.export(self.trainer, model)
 
 
 def fit(args: Sequence[str]) -> FitCLI:

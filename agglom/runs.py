@@ -98,25 +98,22 @@ def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = No
     Raises:
         UserError: no such checkpoint, or it can't be read; an adaptor that the run doesn't have.
     """
-    import torch
-
-    from agglom.callbacks import checkpoint_path, export_module
+    from agglom.callbacks import Unreadable, export_module, newest, read_checkpoint
     from agglom.teachers import manifest
 
-    path = checkpoint_path(ckpt) if ckpt.is_dir() else ckpt
-    if not path.is_file():
-        raise UserError(
-            f"ckpt: {path} does not exist; give RUN/checkpoints/last.ckpt or a run directory that holds one"
-        )
+    fix = "give RUN/checkpoints/last.ckpt or a run directory that holds one"
+    if not ckpt.exists():
+        raise UserError(f"ckpt: {ckpt} does not exist; {fix}")
+    try:
+        path, state = newest(ckpt)[:2] if ckpt.is_dir() else (ckpt, read_checkpoint(ckpt))
+    except Unreadable as err:
+        reason = str(err) if ckpt.is_dir() else f"{ckpt} can't be read ({err})"
+        raise UserError(f"ckpt: {reason}; {fix}") from err
     config = read_config(path.parent.parent / "config.yaml")
     names = list(config["model"]["teachers"])
     for name in adaptors or ():
         if name not in names:
             raise UserError(f"adaptors: {name!r}; {nearest(name, names)}; take some of them, or none")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as err:
-        raise UserError(f"ckpt: {path} can't be read ({str(err).splitlines()[0]}); give another checkpoint") from err
     module = build_distiller(config)
     module.load_state_dict(state["state_dict"])
     average = next((c["average"] for n, c in state["callbacks"].items() if n.startswith("WeightEMA") and c), None)

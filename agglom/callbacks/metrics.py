@@ -39,14 +39,29 @@ class _ContinuingWriter(ExperimentWriter):
             with path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _write(path, fieldnames, rows)
+
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove the rows of metrics.csv past `step`: the run resumes there and will write them again."""
+    """Remove the rows of metrics.csv past `step`: the run resumes there and will write them again.
+
+    So does a row that a killed process has written only in part.
+    """
     if not path.is_file():
         return
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        names, rows = reader.fieldnames or [], [row for row in reader if int(row["step"]) < step]
+        names = list(reader.fieldnames or [])
+        rows = [row for row in reader if None not in row.values() and row["step"].isdigit() and int(row["step"]) < step]
+    _write(path, names, rows)
+
+
+def _write(path: Path, names: list[str], rows: list[dict[str, Any]]) -> None:
+    """The whole file anew; a process that is killed meanwhile leaves the old one."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)

@@ -1,12 +1,10 @@
-"""The run directory: teacher manifest, graceful stop, export at the end of fit."""
+"""The run directory: teacher manifest, what a resumed run must have in common with it, export at the end of fit."""
 
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
-from types import FrameType
-from typing import Any, Sequence, cast
+from typing import Any, Iterator, Mapping, Sequence, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -18,79 +16,58 @@ from agglom.students import TimmStudent
 from agglom.teachers import Teacher, compare, manifest
 
 
-class Stopped(BaseException):
-    """Training was asked to stop and did, with a checkpoint written. Carries the signal's number and the path."""
-
-    def __init__(self, signum: int, path: Path, step: int) -> None:
-        self.signum, self.path, self.step = signum, path, step
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {path} holds it")
-
-
 class RunDirectory(Checkpoint):
     """Keeps what design and users expect in `trainer.default_root_dir`.
 
-    - `teachers.json` at the start; a resume with other teachers is refused.
-    - Ctrl-C, SIGTERM and SIGUSR1 end the running step, write checkpoints/last.ckpt and raise `Stopped`
-      (single process; several ranks leave signals to Lightning).
-    - a checkpoint and `export/` at the end of fit, from the averaged weights where they are kept.
+    - `teachers.json` at the start; a resume with other teachers is refused. Checkpoints hold the same manifest, and
+      what the model was built from.
+    - `export/` at the end of fit, from the averaged weights where they are kept.
 
     A `Checkpoint` by type, so that Lightning runs it after every other callback, on settled weights.
 
     Args:
         size: pixels of a side of the training images, for the export's input contract.
-        resuming: the run goes on from a checkpoint, so its teachers must be the ones that it started with.
+        resumed: what the checkpoint that the run goes on from says of itself (`origin_of`); None for a new run.
+        model: the configuration of the model, as plain data.
     """
 
-    def __init__(self, size: int, resuming: bool = False) -> None:
-        self.size, self.resuming = size, resuming
-        self._signum: int | None = None
-        self._path: Path | None = None  # of the checkpoint that was written on a signal
-        self._previous: dict[int, Any] = {}
+    def __init__(
+        self, size: int, resumed: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None
+    ) -> None:
+        self.size, self.resumed, self.model = size, resumed, dict(model or {})
+        self.exported = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         path = Path(trainer.default_root_dir) / "teachers.json"
         current = manifest(cast("dict[str, Teacher]", pl_module.frozen))
-        if self.resuming and path.is_file():
-            differences = compare(json.loads(path.read_text()), current)
-            if differences:
+        if self.resumed is not None:
+            before = self.resumed.get("teachers")
+            if before is None and path.is_file():
+                before = json.loads(path.read_text())
+            if before and (differences := compare(before, current)):
                 raise UserError(
                     f"{path}: the run was started with other teachers: {'; '.join(differences)}; start a new run"
                 )
         self._manifest = current
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(current, indent=2) + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(current, indent=2) + "\n")
+            temporary.replace(path)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size == 1:
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._previous[signum] = signal.signal(signum, self._remember)
-
-    def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None and signum == signal.SIGINT:  # the second Ctrl-C doesn't wait
-            raise KeyboardInterrupt
-        self._signum = signum
-        print(f"\n{signal.Signals(signum).name}: finishing the step, then writing a checkpoint", flush=True)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._signum is None:
-            return
-        self._path = checkpoint_path(trainer.default_root_dir)
-        trainer.save_checkpoint(self._path, weights_only=False)  # False: with the optimiser
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        # Not at the end of the batch: Lightning logs a step's metrics only after that hook.
-        if self._path is not None and self._signum is not None:
-            raise Stopped(self._signum, self._path, trainer.global_step)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore_signals()
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["agglom"] = {"teachers": self._manifest, "model": self.model}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore_signals()
-        trainer.save_checkpoint(checkpoint_path(trainer.default_root_dir), weights_only=False)  # on every rank
+        self.export(trainer, pl_module)
+
+    def export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the export of the weights of now."""
+        self.exported = True
         if not trainer.is_global_zero:
             return
         average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)
@@ -102,14 +79,44 @@ class RunDirectory(Checkpoint):
         if average is not None:
             average.exchange(pl_module)
 
-    def _restore_signals(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+
+def origin_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it: `teachers` (a manifest) and `model`; empty if nothing."""
+    return dict(checkpoint.get("agglom", {}))
 
 
-def checkpoint_path(root: str | Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
-    return Path(root) / "checkpoints" / "last.ckpt"
+# what the weights of a checkpoint mean: of the model as a whole, and of each teacher
+OF_MODEL = ("student", "adaptor", "normalizer", "summary_normalizer")
+OF_TEACHER = ("adaptor", "normalizer", "summary_normalizer")
+ANYWAY = ("pretrained",)  # where weights came from doesn't matter once they are in a checkpoint
+
+
+def model_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two configurations of a model differ in student, adaptors, normalisers and names of teachers, a line each.
+
+    A key that only one of them has is left alone: versions of this package may differ in it.
+    """
+    lines = [line for key in OF_MODEL for line in _differences(f"model.{key}", before.get(key), now.get(key))]
+    old, new = before.get("teachers", {}), now.get("teachers", {})
+    lines += [f"teacher {name}: gone" for name in old if name not in new]
+    lines += [f"teacher {name}: new" for name in new if name not in old]
+    for name in [name for name in old if name in new]:
+        for key in OF_TEACHER:
+            lines += _differences(f"model.teachers.{name}.{key}", old[name].get(key), new[name].get(key))
+    return lines
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in before:
+            if name in now and name not in ANYWAY:
+                yield from _differences(f"{key}.{name}", before[name], now[name])
+    elif before != now:
+        yield f"{key} was {_short(before)}, is {_short(now)}"
+
+
+def _short(value: Any) -> Any:
+    return value.get("class_path", value) if isinstance(value, Mapping) else value
 
 
 def export_module(

@@ -1,0 +1,96 @@
+"""Runs `agglom fit` in forked processes that die where they are told to: `driver.py JOBS.json`.
+
+A job: `args` of fit, `log`, and optionally `kill`: [place, number, seconds]. The process kills itself with SIGKILL
+that many seconds after its step of that number has begun (place "step"), or while it writes its checkpoint of that
+number: with half of the file written ("half"), all of it ("written"), or at the renames ("named", "linked").
+`truncate`: a file to cut in half before. Prints how each process ended.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from agglom.callbacks import checkpoint_files, checkpoints
+from agglom.distiller import Distiller
+from agglom.fit import fit
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def arm(place, number, seconds):
+    counts = {"step": 0, "saved": 0}
+
+    def nth(kind, function, then):
+        def counted(*args, **kwargs):
+            counts[kind] += 1
+            if counts[kind] == number:
+                then(*args)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def half(checkpoint, file):
+        import io
+
+        buffer = io.BytesIO()
+        save(checkpoint, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        die()
+
+    save = torch.save
+    if place == "step":
+        begin = Distiller.training_step
+        Distiller.training_step = nth("step", begin, lambda *_: threading.Timer(seconds, die).start())
+    elif place == "half":
+        checkpoints.torch.save = nth("saved", save, half)
+    elif place == "written":
+        checkpoints.publish = nth("saved", checkpoints.publish, die)
+    elif place == "named":
+        checkpoint_files._alias = nth("saved", checkpoint_files._alias, die)
+    elif place == "linked":
+
+        def linked(source, target, link=os.link):
+            link(source, target)
+            die()
+
+        os.link = nth("saved", os.link, linked)
+
+
+def run(job):
+    with open(job["log"], "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if "kill" in job:
+        arm(*job["kill"])
+    try:
+        fit(job["args"])
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        if "truncate" in job:
+            path = Path(job["truncate"])
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        child = os.fork()
+        if child == 0:
+            run(job)
+        _, status = os.waitpid(child, 0)
+        print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)

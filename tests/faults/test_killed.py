@@ -1,0 +1,123 @@
+"""Training that is killed, again and again, and resumed: the same losses and weights as if nothing had been.
+
+Killed by SIGKILL at seeded random moments and at each stage of writing a checkpoint; the newest checkpoint is cut off
+once. Dropout draws from the global generator, views from their own, and validation comes in between.
+"""
+
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from agglom.callbacks import checkpoint_path
+
+STEPS, EVERY = 26, 3
+TIMES = ("train/images_per_s", "train/data_wait")  # the clock's, not the run's
+
+
+def config(scenes, root, workers):
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.3}
+    student = {"name": "vit_tiny_patch16_224", "kwargs": {**kwargs, "proj_drop_rate": 0.1}}
+    tiny = {"class_path": "agglom.teachers.TinyTeacher"}
+    return {
+        "model": {
+            "student": {"class_path": "agglom.students.TimmStudent", "init_args": student},
+            "teachers": {
+                name: {"encoder": {**tiny, "init_args": {"name": name, "pretrained": False}}}
+                for name in ("clip", "sam")
+            },
+            "balance": {"class_path": "agglom.balance.TeacherDropping"},
+            "warmup_steps": 2,
+        },
+        "data": {"data": str(scenes), "batch_size": 4, "size": 32, "val_samples": 4, "num_workers": workers},
+        "trainer": {
+            "max_steps": STEPS,
+            "val_check_interval": 6,
+            "log_every_n_steps": 1,
+            "default_root_dir": str(root),
+            "accelerator": "cpu",
+        },
+        "checkpoint_every": EVERY,
+    }
+
+
+def curves(root):
+    with (root / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v and k not in TIMES} for row in csv.DictReader(file)]
+    return [row for row in rows if len(row) > 1]
+
+
+def same(a, b, path=""):
+    """Where two states differ, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        return [found for k in a.keys() | b.keys() for found in same(a.get(k), b.get(k), f"{path}/{k}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [found for n, (x, y) in enumerate(zip(a, b, strict=True)) for found in same(x, y, f"{path}/{n}")]
+    return [] if a == b else [path]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["no worker", "a worker"])
+def runs(request, tmp_path_factory, scenes, one_thread):
+    """(uninterrupted run, killed run, its log)"""
+    folder = tmp_path_factory.mktemp("killed")
+    paths = {}
+    for name in ("whole", "killed"):
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(config(scenes, folder / name, request.param)))
+    rng = random.Random(request.param)
+    kills = [("step", rng.randint(5, 8), rng.uniform(0, 0.1)) for _ in range(2)]
+    kills += [(place, 2, 0) for place in ("half", "written", "named", "linked")]
+    rng.shuffle(kills)
+    jobs = [{"args": ["--config", str(paths["whole"])], "log": str(folder / "whole.log")}]
+    for number, kill in enumerate([*kills, None]):
+        last = ["--ckpt_path", "last"] if number else []
+        job = {"args": ["--config", str(paths["killed"]), *last], "log": str(folder / "killed.log")}
+        jobs.append({**job, **({"kill": kill} if kill else {})})
+    jobs[4]["truncate"] = str(checkpoint_path(folder / "killed"))
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("driver.py")), str(folder / "jobs.json")],
+        env=one_thread, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    log = (folder / "killed.log").read_text()
+    assert done.stdout.split() == ["0", *["-9"] * len(kills), "0"], done.stderr[-2000:] + log[-3000:]
+    return folder / "whole", folder / "killed", log
+
+
+@pytest.mark.slow
+def test_the_same_loss_curve(runs):
+    whole, killed, _ = runs
+    assert [row for row in curves(whole) if "train/loss" in row][-1]["step"] == str(STEPS - 1)
+    assert curves(killed) == curves(whole)
+
+
+@pytest.mark.slow
+def test_the_same_state_in_the_end(runs):
+    """Weights, optimiser, average, statistics, and the position of every reader and generator."""
+    states = [torch.load(checkpoint_path(root), weights_only=True) for root in runs[:2]]
+    assert states[0]["global_step"] == STEPS
+    assert same(*({k: v for k, v in state.items() if k != "loops"} for state in states)) == []
+
+
+@pytest.mark.slow
+def test_nothing_is_left_over(runs):
+    _, killed, log = runs
+    assert not [*killed.rglob("*.tmp")]
+    assert sorted(path.name for path in checkpoint_path(killed).parent.iterdir())[0] == "last.ckpt"
+    assert len([*checkpoint_path(killed).parent.iterdir()]) <= 3
+    assert (killed / "export" / "agglom.json").exists() or list((killed / "export").iterdir())
+
+
+@pytest.mark.slow
+def test_the_truncated_checkpoint_was_skipped_and_named(runs):
+    _, killed, log = runs
+    (line,) = [line for line in log.splitlines() if "can't be read" in line]
+    assert f"{checkpoint_path(killed)} can't be read (" in line and "resuming from" in line and "step-0" in line
