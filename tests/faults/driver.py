@@ -3,7 +3,7 @@
 A job: `args` of fit, `log`, and optionally `kill`: [place, number, seconds]. The process kills itself with SIGKILL
 that many seconds after its step of that number has begun (place "step"), or while it writes its checkpoint of that
 number: with half of the file written ("half"), all of it ("written"), or at the renames ("named", "linked").
-`truncate`: a file to cut in half before. Prints how each process ended.
+`truncate`: a file to cut in half before. `ranks` and `port`: so many processes of a group. Prints how each ended.
 """
 
 import json
@@ -83,14 +83,25 @@ def run(job):
     os._exit(code)
 
 
+def start(job, rank):
+    child = os.fork()
+    if child == 0:
+        if "ranks" in job:  # as torchrun starts them
+            ranks = str(job["ranks"])
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+            os.environ["TORCHELASTIC_RUN_ID"] = "test"
+        run(job)
+    return child
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         if "truncate" in job:
             path = Path(job["truncate"])
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        child = os.fork()
-        if child == 0:
-            run(job)
-        _, status = os.waitpid(child, 0)
-        print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+        children = [start(job, rank) for rank in range(job.get("ranks", 1))]
+        for child in children:
+            _, status = os.waitpid(child, 0)
+            print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)

@@ -7,6 +7,7 @@ once. Dropout draws from the global generator, views from their own, and validat
 import csv
 import json
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,13 @@ def same(a, b, path=""):
     return [] if a == b else [path]
 
 
+def drive(folder, jobs, env):
+    """How each process of the jobs ended."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).with_name("driver.py")), str(folder / "jobs.json")]
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=600).stdout.split()
+
+
 @pytest.fixture(scope="module", params=[0, 1], ids=["no worker", "a worker"])
 def runs(request, tmp_path_factory, scenes, one_thread):
     """(uninterrupted run, killed run, its log)"""
@@ -82,13 +90,9 @@ def runs(request, tmp_path_factory, scenes, one_thread):
         job = {"args": ["--config", str(paths["killed"]), *last], "log": str(folder / "killed.log")}
         jobs.append({**job, **({"kill": kill} if kill else {})})
     jobs[4]["truncate"] = str(checkpoint_path(folder / "killed"))
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("driver.py")), str(folder / "jobs.json")],
-        env=one_thread, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    codes = drive(folder, jobs, one_thread)
     log = (folder / "killed.log").read_text()
-    assert done.stdout.split() == ["0", *["-9"] * len(kills), "0"], done.stderr[-2000:] + log[-3000:]
+    assert codes == ["0", *["-9"] * len(kills), "0"], log[-3000:]
     return folder / "whole", folder / "killed", log
 
 
@@ -121,3 +125,37 @@ def test_the_truncated_checkpoint_was_skipped_and_named(runs):
     _, killed, log = runs
     (line,) = [line for line in log.splitlines() if "can't be read" in line]
     assert f"{checkpoint_path(killed)} can't be read (" in line and "resuming from" in line and "step-0" in line
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_the_same_batches_and_draws(tmp_path, scenes, one_thread):
+    """From the checkpoint of step 3; on one rank, the same checkpoint goes on with another order, and says so."""
+    jobs = []
+    for name in ("whole", "resumed", "one"):
+        written = config(scenes, tmp_path / name, 1)
+        written["trainer"] |= {"max_steps": 6, "val_check_interval": 4}
+        ranks = {"devices": 1} if name == "one" else {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+        written["trainer"] |= ranks
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(written))
+        args = ["--config", str(tmp_path / f"{name}.yaml")]
+        if name != "whole":
+            args += ["--ckpt_path", str(checkpoint_path(tmp_path / "whole").with_name("step-000000003.ckpt"))]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {} if name == "one" else {"ranks": 2, "port": port}
+        jobs.append({"args": args, "log": str(tmp_path / f"{name}.log"), **group})
+    codes = drive(tmp_path, jobs, one_thread)
+    logs = [(tmp_path / f"{name}.log").read_text() for name in ("whole", "resumed", "one")]
+    assert codes == ["0"] * 5, "".join(log[-3000:] for log in logs)
+    whole, resumed, one = (
+        [row for row in curves(tmp_path / name) if int(row["step"]) > 2] for name in ("whole", "resumed", "one")
+    )
+    assert resumed == whole and len(whole) >= 3
+    assert one != whole and one[-1]["step"] == "5"
+    assert "other readers than before" in logs[2] and "other readers" not in logs[1]
+    states = [torch.load(checkpoint_path(tmp_path / name), weights_only=True) for name in ("whole", "resumed")]
+    assert (
+        len(states[0]["ShardDataModule"]["order"]["drawn"]) == len(states[0]["callbacks"]["RandomState"]["ranks"]) == 2
+    )
+    assert same(*({k: v for k, v in state.items() if k != "loops"} for state in states)) == []
