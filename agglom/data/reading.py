@@ -21,8 +21,9 @@ _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes
 class ShardReader:
     """Iterates over the samples of an opened tar.
 
-    A sample is a dict of extension -> bytes, `__key__`, `__url__`, and `__fault__` (`Fault`) where something is wrong
-    with it as a whole. Files of a sample lie next to each other; a file name that comes again begins another sample.
+    A sample is a dict of extension -> bytes, `__key__`, `__url__`, `__fault__` (`Fault`) where something is wrong with
+    it as a whole, and `__cut__` (`Fault`) where files of it may be lost. Files of a sample lie next to each other; a
+    file name that comes again begins another sample.
 
     Args:
         stream: the tar, opened for reading bytes; plain or compressed.
@@ -45,7 +46,7 @@ class ShardReader:
         within = False  # a file of the sample
         try:
             with tarfile.open(fileobj=self.stream, mode="r|*", tarinfo=headers) as tar:
-                while (member := tar.next()) is not None:
+                while (member := _next(tar)) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
                     key, extension = _split(member)
                     if key is None:
@@ -69,6 +70,8 @@ class ShardReader:
             if isinstance(headers.end, _BROKEN):
                 self.damage = _damage(headers.end, headers.end)
         if sample is not None:
+            if self.damage:
+                sample["__cut__"] = self.damage
             yield sample
 
     def _begin(self, key: str) -> dict[str, Any]:
@@ -98,6 +101,15 @@ class _Headers:
         except tarfile.HeaderError as err:
             self.end = err
             raise
+
+
+def _next(tar: Any) -> tarfile.TarInfo | None:
+    """`tar.next()`, which spends years behind the end of a file where a header claims 2^60 bytes."""
+    # opening has read the first header already, and next() hands that one out
+    while tar.firstmember is None and (left := tar.offset - tar.fileobj.tell()) > 0:
+        if not tar.fileobj.read(min(left, 1 << 20)):
+            raise tarfile.ReadError("unexpected end of data")
+    return tar.next()
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str | None, str]:

@@ -39,7 +39,7 @@ def decode_sample(
     """One sample as `ShardReader` groups it -> its key and the fields asked for.
 
     Args:
-        raw: extension -> bytes, `__key__`, `__url__`, maybe `__fault__`.
+        raw: extension -> bytes, `__key__`, `__url__`, maybe `__fault__` and `__cut__`.
         fields: any of image, cls, txt, seg, boxes.
         index: whose classes labels and masks must be of; None: any.
         whole: decode the image; False leaves a JPEG to the view that it is for, as a `Picture`.
@@ -84,6 +84,8 @@ def decode_field(raw: Mapping[str, Any], name: str, *, whole: bool = True) -> An
     """One field of a sample; see `decode_sample`."""
     extension = _extension(raw, name)
     if extension is None:
+        if "__cut__" in raw:
+            raise BadSample(*raw["__cut__"])
         have = ", ".join(n for n in EXTENSIONS if _extension(raw, n)) or "none"
         raise BadSample("missing field", f"no field {name!r}; it has: {have}")
     data = raw[extension]
