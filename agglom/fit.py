@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from agglom.cache.check import cached_teachers
 from agglom.callbacks import (
@@ -77,6 +78,9 @@ class FitCLI(LightningCLI):
         except (ArgumentError, TypeError, ValueError) as err:  # jsonargparse stops at the first problem; we tell all
             raise Invalid(check_config(stated(args[1:])[0]) or [brief(err, 400)]) from err
 
+    def _parse_ckpt_path(self) -> None:
+        """Not as Lightning does: a checkpoint has no say in the configuration, and it is read once, by us."""
+
     def before_instantiate_classes(self) -> None:
         plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]
         problems = check_config(plain)
@@ -140,11 +144,12 @@ class FitCLI(LightningCLI):
                 RunCSVLogger(str(self.root)),
                 TensorBoardLogger(str(self.root), name="tensorboard", version=""),
             ]
+        self.checkpoints = Checkpoints(config.checkpoint_every, config.checkpoint_minutes, config.checkpoint_keep)
         self.directory = RunDirectory(size=config.data.size, resumed=self.origin, model=self.model_config)
         self.trainer_defaults["callbacks"] = [
             TrainingProgress(),
             RandomState(),
-            Checkpoints(config.checkpoint_every, config.checkpoint_minutes, config.checkpoint_keep),
+            self.checkpoints,
             self.directory,
         ]
         return super().instantiate_trainer(**kwargs)
@@ -152,7 +157,17 @@ class FitCLI(LightningCLI):
     def fit(self, model: Distiller, datamodule: ShardDataModule, **kwargs: Any) -> None:
         if kwargs.get("ckpt_path"):
             drop_rows_after(self.root / "metrics.csv", self.resumed_at)
-        self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+        try:
+            self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
+        except SIGTERMException as err:
+            raise (self.checkpoints.stopped or err) from None
+        except RuntimeError as err:
+            if "loading state_dict" not in str(err):
+                raise
+            raise UserError(
+                f"ckpt_path: {kwargs.get('ckpt_path')} is of another model: {brief(err, 400)}; put back what it was "
+                "trained with or start a new run"
+            ) from err
         if not self.directory.exported:  # a run that was killed after its last step, and has none to make now
             self.directory.export(self.trainer, model)
 

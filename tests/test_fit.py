@@ -204,3 +204,31 @@ def test_other_teachers_are_refused(runs, scenes, tmp_path, capsys):
     assert err.value.code == 2
     assert "teacher sam: gone" in text and "teacher dino: new" in text
     assert (root / "teachers.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_another_student_or_normaliser_is_refused(runs, scenes, tmp_path, capsys):
+    """In one line with all differences, before anything is built or written."""
+    _, root, *_ = runs
+    before = {path: path.read_bytes() for path in root.glob("*.*")}
+    other = config(scenes, root)
+    other["model"]["student"]["init_args"]["kwargs"]["depth"] = 3
+    other["model"]["normalizer"] = {"class_path": "agglom.targets.Identity"}
+    with pytest.raises(SystemExit) as err:
+        main(["fit", "--config", str(write(tmp_path / "other.yaml", other)), "--ckpt_path", "last"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert err.value.code == 2 and "last.ckpt is of another model: " in line
+    assert "model.student.init_args.kwargs.depth was 2, is 3" in line and "model.normalizer" in line
+    assert {path: path.read_bytes() for path in root.glob("*.*")} == before
+
+
+@pytest.mark.parametrize("given", ["last", "FILE"])
+def test_no_readable_checkpoint(scenes, tmp_path, capsys, given):
+    path = checkpoint_path(tmp_path / "run")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    written = write(tmp_path / "run.yaml", config(scenes, tmp_path / "run"))
+    with pytest.raises(SystemExit) as err:
+        main(["fit", "--config", str(written), "--ckpt_path", str(path) if given == "FILE" else "last"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert err.value.code == 2 and f"ckpt_path: {path} can't be read (empty file); " in line

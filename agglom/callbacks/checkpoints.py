@@ -7,12 +7,13 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from agglom.callbacks.checkpoint_files import checkpoint_path, publish, remove_temporaries, temporary_path
 from agglom.errors import UserError
@@ -30,8 +31,9 @@ class Checkpoints(Checkpoint):
     """Writes checkpoints/last.ckpt of the run directory, each time whole or not at all, and keeps the last few.
 
     A checkpoint is of a whole optimiser step with its metrics logged and its validation done, if one was due: it is
-    written when the next step begins. Ctrl-C, SIGTERM and SIGUSR1 end the running step, write one and raise `Stopped`
-    (single process; several ranks leave signals to Lightning).
+    written when the next step begins. Ctrl-C, SIGTERM and SIGUSR1 end the running step, write one and raise `Stopped`.
+    Of several ranks, the first one has to get the signal (launchers send it to all), and they stop at the same step;
+    Ctrl-C is Lightning's there.
 
     A `Checkpoint` by type, so that Lightning runs it after every other callback, on settled weights.
 
@@ -59,6 +61,7 @@ class Checkpoints(Checkpoint):
         self._whole = False  # the last batch ended an optimiser step
         self._due = False
         self._between = False
+        self.stopped: Stopped | None = None  # what several ranks end with
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -70,9 +73,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step, self._saved, self._first = trainer.global_step, time.monotonic(), True
-        if trainer.world_size == 1:
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._previous[signum] = signal.signal(signum, self._remember)
+        # Lightning's own handler of SIGTERM talks to the other ranks from within, whatever they are about to say.
+        ours = (signal.SIGTERM, signal.SIGUSR1)
+        for signum in (signal.SIGINT, *ours) if trainer.world_size == 1 else ours:
+            self._previous[signum] = signal.signal(signum, self._remember)
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:  # the second Ctrl-C doesn't wait
@@ -86,7 +90,11 @@ class Checkpoints(Checkpoint):
             return
         self._step = trainer.global_step
         self._due = self._step % self.every == 0 or self._late(trainer)
-        if self._signum is not None:  # a validation may come first, and who sent the signal may not wait for it
+        if self._signum is None:
+            return
+        if trainer.world_size > 1:  # Lightning asks the first rank for this before each batch, and ends them all
+            cast(Any, trainer)._signal_connector.received_sigterm = True
+        else:  # a validation may come first, and who sent the signal may not wait for it
             self._path = self._save(trainer)
 
     def _late(self, trainer: pl.Trainer) -> bool:
@@ -105,11 +113,12 @@ class Checkpoints(Checkpoint):
         if self._first:  # metrics are numbered by this counter, and Lightning's resume may leave it one off
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._first = False
-        if self._whole and (self._due or self._signum is not None) and self._path is None:
+        asked = self._signum is not None and trainer.world_size == 1
+        if self._whole and (self._due or asked) and self._path is None:
             self._between = True
             path = self._save(trainer)
             self._between = False
-            if self._signum is not None:
+            if asked:
                 self._path = path
         self._due = False
         if self._path is not None and self._signum is not None:
@@ -127,6 +136,8 @@ class Checkpoints(Checkpoint):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_signals()
+        if isinstance(exception, SIGTERMException) and trainer.world_size > 1 and self._whole:  # on every rank
+            self.stopped = Stopped(self._signum or signal.SIGTERM, self._save(trainer), trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_signals()

@@ -1,9 +1,10 @@
 """Runs `agglom fit` in forked processes that die where they are told to: `driver.py JOBS.json`.
 
 A job: `args` of fit, `log`, and optionally `kill`: [place, number, seconds]. The process kills itself with SIGKILL
-that many seconds after its step of that number has begun (place "step"), or while it writes its checkpoint of that
-number: with half of the file written ("half"), all of it ("written"), or at the renames ("named", "linked").
-`truncate`: a file to cut in half before. `ranks` and `port`: so many processes of a group. Prints how each ended.
+that many seconds after its step of that number has begun (place "step"; "term": with SIGTERM, at once), or while it
+writes its checkpoint of that number: with half of the file written ("half"), all of it ("written"), or at the renames
+("named", "linked"). `truncate`: a file to cut in half before. `ranks` and `port`: so many processes of a group. Prints
+how each process ended.
 """
 
 import json
@@ -47,7 +48,10 @@ def arm(place, number, seconds):
         die()
 
     save = torch.save
-    if place == "step":
+    if place == "term":
+        term = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        Distiller.training_step = nth("step", Distiller.training_step, term)
+    elif place == "step":
         begin = Distiller.training_step
         Distiller.training_step = nth("step", begin, lambda *_: threading.Timer(seconds, die).start())
     elif place == "half":
@@ -73,6 +77,9 @@ def run(job):
         arm(*job["kill"])
     try:
         fit(job["args"])
+        code = 0
+    except checkpoints.Stopped as err:
+        print(err)
         code = 0
     except BaseException:
         import traceback

@@ -129,33 +129,34 @@ def test_the_truncated_checkpoint_was_skipped_and_named(runs):
 
 @pytest.mark.slow
 def test_two_ranks_go_on_with_the_same_batches_and_draws(tmp_path, scenes, one_thread):
-    """From the checkpoint of step 3; on one rank, the same checkpoint goes on with another order, and says so."""
-    jobs = []
-    for name in ("whole", "resumed", "one"):
-        written = config(scenes, tmp_path / name, 1)
-        written["trainer"] |= {"max_steps": 6, "val_check_interval": 4}
-        ranks = {"devices": 1} if name == "one" else {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
-        written["trainer"] |= ranks
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(written))
-        args = ["--config", str(tmp_path / f"{name}.yaml")]
-        if name != "whole":
-            args += ["--ckpt_path", str(checkpoint_path(tmp_path / "whole").with_name("step-000000003.ckpt"))]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        group = {} if name == "one" else {"ranks": 2, "port": port}
-        jobs.append({"args": args, "log": str(tmp_path / f"{name}.log"), **group})
+    """Stopped by SIGTERM within step 2, they end it and resume; one rank goes on with another order, and says so."""
+    jobs, last = [], checkpoint_path(tmp_path / "stopped")
+    for name, options in (
+        ("whole", []),
+        ("stopped", []),
+        ("one", ["--ckpt_path", str(last)]),
+        ("resumed", ["--ckpt_path", "last"]),
+    ):
+        written = config(scenes, tmp_path / ("stopped" if name == "resumed" else name), 1)
+        written["trainer"] |= {"max_steps": 6, "val_check_interval": 4, "devices": 1 if name == "one" else 2}
+        written["trainer"]["strategy"] = "auto" if name == "one" else "ddp_find_unused_parameters_true"
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(written))
+        job = {"args": ["--config", str(path), *options], "log": str(path.with_suffix(".log"))}
+        if name != "one":
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                job |= {"ranks": 2, "port": free.getsockname()[1]}
+        jobs.append({**job, **({"kill": ["term", 2, 0]} if name == "stopped" else {})})
     codes = drive(tmp_path, jobs, one_thread)
-    logs = [(tmp_path / f"{name}.log").read_text() for name in ("whole", "resumed", "one")]
-    assert codes == ["0"] * 5, "".join(log[-3000:] for log in logs)
-    whole, resumed, one = (
-        [row for row in curves(tmp_path / name) if int(row["step"]) > 2] for name in ("whole", "resumed", "one")
-    )
-    assert resumed == whole and len(whole) >= 3
-    assert one != whole and one[-1]["step"] == "5"
-    assert "other readers than before" in logs[2] and "other readers" not in logs[1]
-    states = [torch.load(checkpoint_path(tmp_path / name), weights_only=True) for name in ("whole", "resumed")]
-    assert (
-        len(states[0]["ShardDataModule"]["order"]["drawn"]) == len(states[0]["callbacks"]["RandomState"]["ranks"]) == 2
-    )
+    logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("whole", "stopped", "one", "resumed")}
+    assert codes == ["0"] * 7, "".join(log[-3000:] for log in logs.values())
+    assert f"stopped by SIGTERM after step 2; {last} holds it" in logs["stopped"]
+    assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
+    one = curves(tmp_path / "one")
+    assert one[-1]["step"] == "5" and one[0] not in curves(tmp_path / "whole")
+    assert "other readers than before" in logs["one"] and "other readers" not in logs["resumed"]
+    states = [torch.load(checkpoint_path(tmp_path / name), weights_only=True) for name in ("whole", "stopped")]
+    for part in (states[0]["ShardDataModule"]["order"]["drawn"], states[0]["callbacks"]["RandomState"]["ranks"]):
+        assert len(part) == 2
     assert same(*({k: v for k, v in state.items() if k != "loops"} for state in states)) == []
