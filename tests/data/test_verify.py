@@ -5,9 +5,11 @@ Also what a tar may hold to do harm: nothing of it is ever written anywhere.
 
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from broken import (
@@ -331,6 +333,22 @@ def test_nothing_good_left(tmp_path):
     with pytest.raises(UserError, match="nothing good is left"):
         verify(root, workers=1, clean=tmp_path / "clean")
     assert not (tmp_path / "clean").exists()
+
+
+def test_the_documentation_lists_every_kind():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) == list(KINDS)
+
+
+@pytest.mark.parametrize("root", ["pipe:cat {}/{{}}", "file://{}", "memory://verified"])
+def test_other_addresses(tmp_path, root):
+    folder(tmp_path / "data", shards=2)
+    change(tmp_path / "data", 0, "txt", b"\xff")
+    if root.startswith("memory"):
+        fsspec.filesystem("memory").put(str(tmp_path / "data") + "/", "/verified", recursive=True)
+    root = root.format(tmp_path / "data")
+    assert found(root, clean=tmp_path / "clean") == [("bad caption", name(0), key(0))]
+    assert found(tmp_path / "clean") == [] and read_index(tmp_path / "clean").counts == {"train": 9}
 
 
 def test_names_from_files_cannot_play_with_the_terminal(tmp_path, capsys):
