@@ -6,9 +6,9 @@ import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
-SCENES = {"train": 8_000, "val": 1_000, "test": 2_000}
+SCENES: dict[str, Any] = {"train": 8_000, "val": 1_000, "test": 2_000}
 PROBES = ("knn", "linear", "zeroshot", "retrieval", "segmentation", "detection", "fidelity", "geometry")
 LIMITS = {"train": 4_000, "val": 1_000, "test": 2_000}
 

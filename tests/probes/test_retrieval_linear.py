@@ -1,6 +1,5 @@
 """Retrieval through words: perfect, constant and shuffled features, scikit-learn's ridge, captions left out."""
 
-
 import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
