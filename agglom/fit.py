@@ -24,7 +24,6 @@ from agglom.callbacks import (
     Stopped,
     TrainingProgress,
     Unreadable,
-    drop_rows_after,
     model_differences,
     newest,
     origin_of,
@@ -125,7 +124,7 @@ class FitCLI(LightningCLI):
                 state = read_checkpoint(path)
             except Unreadable as err:
                 raise UserError(f"ckpt_path: {path} can't be read ({err}); take another checkpoint, or last") from err
-        self.origin, self.resumed_at = origin_of(state), state["global_step"]
+        self.origin = origin_of(state)
         if differences := model_differences(self.origin.get("model", model), model):
             raise UserError(
                 f"ckpt_path: {path} is of another model: {'; '.join(differences)}; put that back or start a new run"
@@ -155,8 +154,6 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, model: Distiller, datamodule: ShardDataModule, **kwargs: Any) -> None:
-        if kwargs.get("ckpt_path"):
-            drop_rows_after(self.root / "metrics.csv", self.resumed_at)
         try:
             self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
         except SIGTERMException as err:

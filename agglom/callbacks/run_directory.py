@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from agglom.callbacks.ema import WeightEMA
+from agglom.callbacks.metrics import drop_rows_after
 from agglom.errors import UserError
 from agglom.export import write_export
 from agglom.students import TimmStudent
@@ -21,6 +22,7 @@ class RunDirectory(Checkpoint):
 
     - `teachers.json` at the start; a resume with other teachers is refused. Checkpoints hold the same manifest, and
       what the model was built from.
+    - `metrics.csv` goes on at the step that is resumed; rows past it are removed.
     - `export/` at the end of fit, from the averaged weights where they are kept.
 
     A `Checkpoint` by type, so that Lightning runs it after every other callback, on settled weights.
@@ -51,7 +53,9 @@ class RunDirectory(Checkpoint):
                     f"{path}: the run was started with other teachers: {'; '.join(differences)}; start a new run"
                 )
         self._manifest = current
-        if trainer.is_global_zero:
+        if trainer.is_global_zero:  # alone: two processes that rewrite a file are in each other's way
+            if self.resumed is not None:
+                drop_rows_after(path.with_name("metrics.csv"), self.resumed["step"])
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(current, indent=2) + "\n")
@@ -81,8 +85,8 @@ class RunDirectory(Checkpoint):
 
 
 def origin_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: `teachers` (a manifest) and `model`; empty if nothing."""
-    return dict(checkpoint.get("agglom", {}))
+    """What a checkpoint says of the run that wrote it: its `step`, and, if known, `teachers` (a manifest) and `model`."""
+    return {**checkpoint.get("agglom", {}), "step": checkpoint["global_step"]}
 
 
 # what the weights of a checkpoint mean: of the model as a whole, and of each teacher

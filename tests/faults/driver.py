@@ -109,6 +109,11 @@ if __name__ == "__main__":
             path = Path(job["truncate"])
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         children = [start(job, rank) for rank in range(job.get("ranks", 1))]
-        for child in children:
-            _, status = os.waitpid(child, 0)
-            print(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+        ended = {}
+        while len(ended) < len(children):
+            child, status = os.wait()
+            ended[child] = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+            if ended[child]:  # the others would wait for it
+                for other in set(children) - set(ended):
+                    os.kill(other, signal.SIGKILL)
+        print(*(ended[child] for child in children), flush=True)

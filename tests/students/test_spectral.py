@@ -352,6 +352,8 @@ def test_a_checkpoint_with_an_average_is_exported(tmp_path):
             layer.parametrizations.weight[0].g.add_(0.5)
     state = {
         "state_dict": module.state_dict(),
+        "optimizer_states": [],
+        "loops": {},
         "callbacks": {"WeightEMA": {"average": average.state_dict()}},
         "global_step": 3,
     }
