@@ -85,7 +85,7 @@ class RunDirectory(Checkpoint):
 
 
 def origin_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the run that wrote it: its `step`, and, if known, `teachers` (a manifest) and `model`."""
+    """What a checkpoint says of the run that wrote it: `step` and, where known, `teachers` (a manifest) and `model`."""
     return {**checkpoint.get("agglom", {}), "step": checkpoint["global_step"]}
 
 
