@@ -221,12 +221,9 @@ class Stream(IterableDataset):
         if self.transform is None:
             seen = {**sample, "image": sample["image"].contiguous()} if "image" in sample else sample
         elif self.cached is None:
-            before = None if generator is None else generator.get_state()
             try:
                 seen = self.transform.sample(sample, generator)
             except Broken as err:
-                if generator is not None and before is not None:
-                    generator.set_state(before)  # bad samples draw nothing, whenever they are found out
                 self._bad(raw, slot, Fault("bad image", str(err)))
                 return None
         else:
