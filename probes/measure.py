@@ -10,7 +10,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
-from agglom.data.streams import distributed
+from agglom.data.ranks import distributed
 from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes.base import Probe, Result, Subject

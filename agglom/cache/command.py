@@ -15,7 +15,7 @@ from agglom.cache.write import Plan, dry_run, write_cache
 from agglom.checks import Invalid, check_config, read_yaml
 from agglom.data import read_index
 from agglom.data.datamodule import ViewOptions
-from agglom.data.streams import distributed
+from agglom.data.ranks import distributed
 from agglom.data.views import TrainView
 from agglom.errors import UserError, nearest
 from agglom.features import InputSpec

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from agglom.cache.layout import DTYPES, CacheIndex, crc, read_cache_index
 from agglom.data.index import Index, ShardInfo
+from agglom.data.ranks import distributed
 from agglom.data.samples import image_bytes
-from agglom.data.streams import EvalStream, distributed
+from agglom.data.streams import EvalStream
 from agglom.data.views import EvalView, View, Window
 from agglom.draws import generator
 from agglom.errors import UserError

@@ -6,9 +6,6 @@ garments saturated, and garments are larger where there are few, for a small mod
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from agglom.data.garments import CLASSES, Garments, load_garments
 from agglom.data.index import ShardInfo, read_index, write_index
+from agglom.data.processes import cores, spread
 from agglom.data.shards import write_shard
 from agglom.errors import UserError
 
@@ -248,7 +246,7 @@ def write_scenes(
         "size": size,
         "seed": seed,
         "shard_size": shard_size,
-        "workers": _cores() if workers is None else workers,
+        "workers": cores() if workers is None else workers,
     }
     for key, least in limits.items():
         if given[key] < least:
@@ -268,12 +266,7 @@ def write_scenes(
         for number, start in enumerate(range(0, count, shard_size))
     ]
     write = partial(_write_one, out=out, source=source, size=size, seed=seed, plain=plain)
-    processes = min(given["workers"], len(jobs))
-    if processes <= 1:
-        infos = [write(job) for job in jobs]
-    else:  # spawn: the forked child of a process with torch's threads may hang
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            infos = list(pool.map(write, jobs))
+    infos = list(spread(write, jobs, given["workers"]))
     return write_index(
         out,
         {
@@ -302,10 +295,6 @@ def _write_one(
     own_seed = seed * len(SPLITS) + SPLITS.index(name)  # or val scenes would be laid out like the train scenes
     scenes = (render(garments, own_seed, index, size, plain) for index in range(start, stop))
     return write_shard(out / f"{name}-{number:06d}.tar", scenes)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _differences(found: dict[str, Any] | None, made: dict[str, Any]) -> str:

@@ -13,12 +13,11 @@ Who reads what. A *slot* is one loader worker of one rank.
 from __future__ import annotations
 
 import logging
-import os
 import random
 from bisect import bisect_left
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from agglom.data.crops import MultiCrop
 from agglom.data.faults import KINDS, BadSample, Fault, printable
 from agglom.data.index import Index, ShardInfo, open_read, read_index
 from agglom.data.pictures import Broken
+from agglom.data.ranks import Slot, distributed, slot_of
 from agglom.data.reading import ShardReader
 from agglom.data.samples import check_fields, decode_sample
 from agglom.data.views import View, Window
@@ -45,25 +45,6 @@ _NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 # an encoded sample and a generator -> the window of one of its cached views and that view's features; None and zeros
 # where it has none
 Cached = Callable[[Mapping[str, Any], "torch.Generator | None"], "tuple[Window | None, dict[str, dict[str, Tensor]]]"]
-
-
-class Slot(NamedTuple):
-    """Which reader of how many, over all ranks and workers; and which worker of its rank."""
-
-    number: int
-    total: int
-    worker: int
-
-
-def distributed() -> tuple[int, int]:
-    """(rank, world size) of this process: torch.distributed's, else torchrun's or SLURM's environment, else (0, 1)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # SLURM_STEP_NUM_TASKS and not SLURM_NTASKS: a bare `python` in a batch script is one process, whatever was allotted
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    return 0, 1
 
 
 def train_stream(
@@ -179,9 +160,7 @@ class Stream(IterableDataset):
 
     def slot(self) -> Slot:
         """This process's place among all readers."""
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        return Slot(self.rank * workers + worker, self.world_size * workers, worker)
+        return slot_of(self.rank, self.world_size)
 
     def _raw(self, shard: ShardInfo, stop: int, damage: list[Fault]) -> Iterator[dict[str, Any]]:
         """The samples of one shard before position `stop`, still encoded; what broke the tar goes into `damage`."""
@@ -322,11 +301,7 @@ class TrainStream(Stream):
         self._resumed, self._turn = (number, list(drawn)), turn
 
     def slot(self) -> Slot:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        if self.round == self._resumed[0]:
-            worker = (worker + self._turn) % workers
-        return Slot(self.rank * workers + worker, self.world_size * workers, worker)
+        return slot_of(self.rank, self.world_size, self._turn if self.round == self._resumed[0] else 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if get_worker_info() is None:

@@ -5,11 +5,9 @@ A sample is good where a stream of all of its split's fields would take it: both
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Callable, Iterator, NamedTuple
 
 from agglom.data.faults import Fault, printable
 from agglom.data.index import INDEX_NAME, Index, ShardInfo, is_remote, open_read, read_index, write_index
+from agglom.data.processes import spread
 from agglom.data.reading import ShardReader
 from agglom.data.samples import sample_faults
 from agglom.data.shards import write_encoded
@@ -142,13 +141,7 @@ def _check_all(index: Index, jobs: list[Job], workers: int | None) -> Iterator[C
     if workers is not None and workers < 1:
         raise UserError(f"workers: {workers}; valid: 1 or more")
     check = partial(_check, index=replace(index, splits={}, extra={}))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(workers or cores, len(jobs))
-    if processes <= 1:
-        yield from map(check, jobs)
-        return
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(check, jobs)
+    return spread(check, jobs, workers)
 
 
 def _check(job: Job, *, index: Index) -> Checked:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import multiprocessing
-import os
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from agglom.data.index import INDEX_NAME, ShardInfo, is_remote, read_index, write_index
+from agglom.data.processes import spread
 from agglom.data.shards import write_shard
 from agglom.errors import UserError
 
@@ -126,13 +124,7 @@ def write_pictures(
         for number, start in enumerate(range(0, len(entries), writing.shard_size))
     ]
     write = partial(_write_one, read=read, out=out)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = min(writing.workers or cores, len(jobs))
-    if processes <= 1:
-        written = [write(job) for job in jobs]
-    else:  # spawn: the forked child of a process with torch's threads may hang
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            written = list(pool.map(write, jobs))
+    written = list(spread(write, jobs, writing.workers))
 
     skipped = [line for _, lines in written for line in lines]
     total = sum(info.count for info, _ in written)

@@ -31,8 +31,8 @@ from agglom.data import (
     write_index,
     write_shard,
 )
-from agglom.data import streams as streams_module
-from agglom.data.streams import distributed
+from agglom.data import ranks as ranks_module
+from agglom.data.ranks import distributed
 from agglom.errors import UserError
 
 
@@ -353,7 +353,7 @@ def test_layout_of_an_unknown_split(tmp_path):
 
 def on_worker(monkeypatch, worker, workers):
     info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
-    monkeypatch.setattr(streams_module, "get_worker_info", lambda: info)
+    monkeypatch.setattr(ranks_module, "get_worker_info", lambda: info)
 
 
 @pytest.mark.parametrize("counts", [[7], [5, 1, 9], [3, 0, 4, 1], [1] * 6])
