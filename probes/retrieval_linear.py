@@ -56,18 +56,17 @@ class LinearRetrievalProbe(Probe):
         for role, targets in subject.targets.items():
             assert targets.captions is not None
             texts[role], of_image[role], of_text[role] = distinct(targets.captions)
-        words = Words(texts["train"])
-        scale = Standardise.of(x["train"])
-        spoken = [i for i, own in enumerate(of_image["train"]) if len(own)]
-        weights = _fit(scale, x["train"], spoken, words(texts["train"]), of_image["train"], self.ridges)
+        words, scale = Words(texts["train"]), Standardise.of(x["train"])
+        weights = _fit(scale, x["train"], words, texts["train"], of_image["train"], self.ridges)
 
-        def score(role: str, weight: Tensor) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-            said = F.normalize(scale(x[role]) @ weight, dim=1)
-            return recalls(said, words(texts[role]), of_image[role], of_text[role], seed=subject.seed)
+        def scores(role: str, tried: Sequence[Tensor]) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
+            seen, gallery = scale(x[role]), words(texts[role])
+            said = (F.normalize(seen @ weight, dim=1) for weight in tried)
+            return [recalls(some, gallery, of_image[role], of_text[role], seed=subject.seed) for some in said]
 
-        on_val = [score("val", weight)[0]["r1"] for weight in weights]
+        on_val = [metrics["r1"] for metrics, _ in scores("val", weights)]
         best = int(np.argmax(on_val))
-        metrics, resamples = score("test", weights[best])
+        ((metrics, resamples),) = scores("test", [weights[best]])
         return Result(
             metrics=metrics,
             protocol={
@@ -93,34 +92,34 @@ class Words:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.vectorizer = TfidfVectorizer(max_features=WORDS, dtype=np.float32, token_pattern=r"(?u)\b\w+\b").fit(texts)
-        self.mean = self._rows(texts).mean(0)
+        self.mean = torch.from_numpy(np.asarray(self.vectorizer.transform(texts).mean(0)))  # sparse: there may be many
 
     def __len__(self) -> int:
         return len(self.vectorizer.vocabulary_)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        rows = self._rows(texts)
+        rows = torch.from_numpy(self.vectorizer.transform(texts).toarray())
         known = rows.any(1, keepdim=True)
         return F.normalize((rows - self.mean) * known, dim=1)
-
-    def _rows(self, texts: Sequence[str]) -> Tensor:
-        return torch.from_numpy(self.vectorizer.transform(texts).toarray())
 
 
 def _fit(
     scale: Standardise,
     x: Tensor,
-    rows: Sequence[int],
-    words: Tensor,
+    words: Words,
+    texts: Sequence[str],
     of_image: Sequence[np.ndarray],
     ridges: Sequence[float],
 ) -> list[Tensor]:
-    """(D, V) float32 for each strength, from the images that have captions."""
-    width, chosen = x.shape[1] + words.shape[1], torch.as_tensor(rows)
-    gram, moment = torch.zeros(x.shape[1], x.shape[1]).double(), torch.zeros(x.shape[1], words.shape[1]).double()
-    for part in chunks(len(rows), width):
-        some = scale(x[chosen[part]]).double()
-        wanted = torch.stack([words[of_image[i]].mean(0) for i in rows[part]]).double()
+    """(D, V) float32 for each strength, from the images that have captions; these are words a few images at a time."""
+    spoken = [i for i, own in enumerate(of_image) if len(own)]
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    moment = torch.zeros(x.shape[1], len(words), dtype=torch.float64)
+    most = max(len(of_image[i]) for i in spoken)
+    for part in chunks(len(spoken), x.shape[1] + (1 + most) * len(words)):
+        rows = spoken[part]
+        own = words([texts[k] for i in rows for k in of_image[i]]).split([len(of_image[i]) for i in rows])
+        some, wanted = scale(x[torch.as_tensor(rows)]).double(), torch.stack([each.mean(0) for each in own]).double()
         gram += some.T @ some
         moment += some.T @ wanted
-    return [weight.float() for weight in ridge_path(gram, moment, len(rows), ridges)]
+    return [weight.float() for weight in ridge_path(gram, moment, len(spoken), ridges)]

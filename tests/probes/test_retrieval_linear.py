@@ -6,7 +6,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
 from agglom.features import InputSpec
-from agglom.probes import LinearRetrievalProbe, Subject
+from agglom.probes import LinearRetrievalProbe, Subject, solver
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.retrieval import distinct
 from agglom.probes.retrieval_linear import Words, _fit
@@ -49,12 +49,13 @@ def test_constant_features_find_nothing_and_shuffled_ones_by_chance():
     assert shuffled.metrics["r1"] < 0.1 and shuffled.metrics["image_to_text_r10"] < 0.4  # chance: 0.02, 0.17
 
 
-def test_the_map_is_scikit_learns():
+def test_the_map_is_scikit_learns(monkeypatch):
     one = subject(lambda x, rng: x @ np.diag(np.logspace(-1, 1, 20)) + rng.normal(size=x.shape))
     texts, of_image, _ = distinct(one.targets["train"].captions)
     words, x = Words(texts), one.features["train"].vectors("summary")
     scale = Standardise.of(x)
-    (weight,) = _fit(scale, x, range(len(x)), words(texts), of_image, [0.3])
+    monkeypatch.setattr(solver, "ENTRIES", 5000)  # in several chunks
+    (weight,) = _fit(scale, x, words, texts, of_image, [0.3])
     tfidf = TfidfVectorizer().fit(texts)
     rows = tfidf.transform(texts).toarray()
     centred = rows - rows.mean(0)
