@@ -78,7 +78,7 @@ class FitCLI(LightningCLI):
             raise Invalid(check_config(stated(args[1:])[0]) or [brief(err, 400)]) from err
 
     def _parse_ckpt_path(self) -> None:
-        """Not as Lightning does: a checkpoint has no say in the configuration, and it is read once, by us."""
+        """Not as Lightning does, which lets a checkpoint change the configuration; see `_find_checkpoint`."""
 
     def before_instantiate_classes(self) -> None:
         plain = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["fit"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ class Checkpoints(Checkpoint):
         UserError: a number that makes no sense.
     """
 
-    ASKED = 10  # steps after which several ranks ask the first one whether the time is up
+    ASKED = 100  # steps after which several ranks ask the first one whether the time is up: a device waits for that
 
     def __init__(self, every: int = 500, minutes: float | None = 30, keep: int = 2) -> None:
         for key, value in {"checkpoint_every": every, "checkpoint_keep": keep}.items():
@@ -170,6 +169,4 @@ class _StraightToDisk(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+            torch.save(checkpoint, file)  # `publish` waits for the disk
