@@ -112,7 +112,7 @@ def _run(name: str, args: list[str]) -> None:
 
 
 def _named(name: str, args: list[str]) -> list[str]:
-    """`info REF`, `data verify DIR`, `report DIR DIR` and `cache --dry-run` as options that their functions take."""
+    """What users write (`info REF`, `report DIR DIR`, `probe --model A --model B`) as options that functions take."""
     plain = [arg for arg in args if not arg.startswith("-")]
     if name == "info" and args[:1] == plain[:1] and plain:
         return ["--ref", *args]
@@ -120,6 +120,8 @@ def _named(name: str, args: list[str]) -> list[str]:
         return ["--data", *args]
     if name == "cache":
         return ["--dry_run=true" if arg == "--dry-run" else arg for arg in args]
+    if name == "probe":  # each is one more, and none replaces another
+        return [arg.replace("--model", "--model+", 1) if arg.partition("=")[0] == "--model" else arg for arg in args]
     if name == "report" and len(plain) == len(args):
         return [f"--dirs+={arg}" for arg in args]
     return args

@@ -320,7 +320,7 @@ def probe(
 
     Args:
         run: run directory; its student, its teachers and a random-init student are evaluated.
-        model: references instead of, or beside, a run (repeat as --model+=REF): timm:NAME, open_clip:NAME/TAG,
+        model: references instead of, or beside, a run (--model REF, once for each): timm:NAME, open_clip:NAME/TAG,
             tiny:NAME, or a path.
         data: shard folder; left out: the run's.
         probes: names, separated by commas.

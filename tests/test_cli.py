@@ -161,6 +161,22 @@ def test_probe_says_which_split_or_field_is_missing(work, capsys):
     assert code == 2 and "cls" in err[-1], err
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--model", "tiny:sam"], ["tiny:sam"]),
+        (["--model=tiny:sam", "--model", "tiny:clip"], ["tiny:sam", "tiny:clip"]),
+        (["--model+=tiny:sam", "--model", "tiny:clip"], ["tiny:sam", "tiny:clip"]),
+        (["--model", "[tiny:sam, tiny:clip]"], ["tiny:sam", "tiny:clip"]),
+    ],
+)
+def test_probe_takes_every_model_that_is_named(words, found, work, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("agglom.probing.probe_models", lambda refs, **options: seen.append(refs) or work)
+    run(capsys, "probe", *words, "--data", "shards", "--out", "x")
+    assert seen == [found]
+
+
 def test_info(work, capsys):
     code, out, _ = run(capsys, "info", "shards")
     assert code == 0 and "grey squares, licence CC0" in out and "train: 2 samples in 1 shards, fields image" in out
