@@ -28,7 +28,7 @@ ABOUT = {  # what a probe asks, in a sentence or two
     "linear_sgd": "The class by the best of many linear classifiers on frozen features, trained at once.",
     "zeroshot": "The class whose name, in words, is nearest to the image; nothing is trained.",
     "retrieval": "The caption that belongs to an image, and the image that belongs to a caption.",
-    "retrieval_linear": "The same by a linear map from frozen features to the words of captions, fitted on train.",
+    "retrieval_linear": "Image to caption and back by a linear map from frozen features to words, fitted on train.",
     "segmentation": "The class of every pixel by a linear head on the frozen feature map, trained to its optimum.",
     "segmentation_sgd": "The class of every pixel by a linear head on the frozen feature map, trained by SGD.",
     "detection": "Boxes by a detector that is trained on the frozen backbone; COCO's average precision.",
