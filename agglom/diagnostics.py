@@ -7,7 +7,6 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from agglom.errors import UserError
 from agglom.features import Features, StudentFeatures
 from agglom.targets.moments import accumulator, no_autocast, sum_over_ranks
 
@@ -68,34 +67,17 @@ def teacher_metrics(
     return metrics
 
 
-class FiniteWatch:
-    """Remembers on the device at which step a loss was first not finite; only asking waits for the device."""
+def spread(features: Tensor) -> Tensor:
+    """Root mean square of features' deviation from their channel means, over that of the features: () in [0, 1].
 
-    def __init__(self) -> None:
-        self._first: dict[str, Tensor] = {}  # name -> () int64, -1 while all is well
+    0 where all rows are the same, all zeros included.
 
-    @torch.no_grad()
-    def update(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Name of a teacher or objective -> its (B,) losses in a step."""
-        for name, values in losses.items():
-            first = self._first.get(name)
-            if first is None:
-                first = torch.full((), -1, dtype=torch.int64, device=values.device)
-            self._first[name] = torch.where(~values.detach().isfinite().all() & (first < 0), step, first)
-
-    def check(self) -> None:
-        """Raises UserError if there was one, naming the first to break and when."""
-        if not self._first:
-            return
-        found = dict(zip(self._first, torch.stack(list(self._first.values())).tolist(), strict=True))
-        broken = {name: step for name, step in found.items() if step >= 0}
-        if broken:
-            step = min(broken.values())
-            names = ", ".join(name for name, at in broken.items() if at == step)
-            raise UserError(
-                f"the loss of {names} was not finite at step {step}; resume from a checkpoint before it with a lower "
-                f"model.lr, or set model.teachers.NAME.encoder.init_args.dtype: fp32 if its features overflow"
-            )
+    Args:
+        features: (B, C) or (B, C, H, W).
+    """
+    rows = features.detach().float().movedim(1, -1).flatten(0, -2)
+    power = rows.square().mean()
+    return ((rows - rows.mean(0)).square().mean() / power.clamp(min=1e-30)).sqrt()
 
 
 class RankMe:

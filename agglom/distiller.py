@@ -15,7 +15,8 @@ from agglom.adaptors import MLPAdaptor
 from agglom.aside import Aside
 from agglom.balance import Balance, Equal
 from agglom.callbacks.ema import EMASchedule, WeightEMA
-from agglom.diagnostics import FiniteWatch, RankMe, gradient_shares, teacher_metrics
+from agglom.callbacks.guard import Guard
+from agglom.diagnostics import RankMe, gradient_shares, teacher_metrics
 from agglom.errors import UserError
 from agglom.features import Dims, Features, StudentFeatures, sides
 from agglom.frames import Frames
@@ -35,7 +36,7 @@ from agglom.place import Place, locate, own_images
 from agglom.plan import Part, Plan, Stage
 from agglom.schedules import Schedule, rate_at
 from agglom.selfdistill import Objective, Scene
-from agglom.selfdistill.base import conflicts, steps
+from agglom.selfdistill.base import conflicts, objective_metrics, steps
 from agglom.shifts import ShiftOptions
 from agglom.students import Student
 from agglom.suit import suit
@@ -91,6 +92,8 @@ class Distiller(pl.LightningModule):
             nears 1, an average that objectives learn from stops following what these still teach the student (SILC).
         remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
             only for training without random crops and flips.
+        skip_nonfinite: how many steps in a row may be left out because a loss, a gradient or features aren't finite; 0
+            stops at the first. Such a step is never applied (see `agglom.callbacks.guard`).
         compile: what `torch.compile` turns into larger kernels, each module on its own: student, teachers, heads. The
             first steps take minutes; null for nothing.
 
@@ -126,6 +129,7 @@ class Distiller(pl.LightningModule):
         ema_warmup: bool = True,
         ema_anneal_anyway: bool = False,
         remember_teachers: bool = False,
+        skip_nonfinite: int = 0,
         compile: list[Literal["student", "teachers", "heads"]] | None = None,
     ) -> None:
         super().__init__()
@@ -161,7 +165,7 @@ class Distiller(pl.LightningModule):
         self.own_data = {name: config.own_data or [] for name, config in teachers.items()}
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
-        self.watch, self.aside, self.compiled = FiniteWatch(), Aside(), tuple(compile or ())
+        self.guard, self.aside, self.compiled = Guard(skip_nonfinite), Aside(), tuple(compile or ())
 
     @property
     def student(self) -> Student:
@@ -269,7 +273,7 @@ class Distiller(pl.LightningModule):
         for weight, value in extra.values():
             loss = loss + weight * value.mean()
         if training:
-            self.watch.update({**rows, **{name: value for name, (_, value) in extra.items()}}, place.step)
+            loss = self.guard.see(loss, targets, {**rows, **{name: value for name, (_, value) in extra.items()}})
         self._log(kind, loss, losses, per_image, weights, targets, terms, student, extra)
         return loss
 
@@ -359,7 +363,7 @@ class Distiller(pl.LightningModule):
         if training and (every == 0 or (self.global_step + 1) % every):
             return  # Lightning would drop them
         if training:
-            self.watch.check()
+            self.guard.look_at(targets, self.global_step)
         metrics = {f"{kind}/loss": loss.detach()}
         for name, row in zip(self.names, per_image.detach().mean(1), strict=True):
             if name in losses:
@@ -370,15 +374,7 @@ class Distiller(pl.LightningModule):
             metrics |= teacher_metrics(
                 self.names, targets, dict(self.heads.items()), self.balance.kept_share(), weights.mean(1), pulls
             )
-            for name, (weight, value) in extra.items():
-                objective = cast(Objective, self.objectives[name])
-                metrics |= {f"train/{name}/loss": value.detach().mean(), f"train/{name}/weight": torch.tensor(weight)}
-                found = objective.diagnosis()
-                metrics |= {f"train/{name}/{key}": number for key, number in found.items()}
-                numbers = {key: float(number) for key, number in found.items()}
-                since = self.global_step - steps(objective.start, self._total())
-                for line in objective.alarms(numbers, since):
-                    log.warning("step %d: model.objectives.%s: %s", self.global_step, name, line)
+            metrics |= objective_metrics(self.objectives, extra, step=self.global_step, total=self._total())
         else:
             self.ranks["summary"].update(student().summary.flatten(1))
             self.ranks["spatial"].update(student().spatial.movedim(1, -1))
@@ -423,7 +419,14 @@ class Distiller(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [] if self.ema is None else [self.ema]
+        return [self.guard] if self.ema is None else [self.guard, self.ema]
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.guard.judge(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Gradients go as soon as they are used; Lightning would keep them through the next forward pass."""

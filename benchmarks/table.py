@@ -75,7 +75,7 @@ def scale(found: Found) -> str:
         f"{mib:.0f} MiB after {count} images" for count, mib in zip(resident["images"], resident["mib"], strict=True)
     )
     return (
-        markdown(["number of", "sizes", "step, CPU ms", "exponent of the growth"], rows)
+        markdown(["what grows", "sizes", "CPU ms", "exponent of the growth"], rows)
         + f"\n\nTwo gloo ranks on this machine: {ranks['speedup']:.2f} times the images/s of one (a step takes "
         f"{ranks['ms'][1]:.0f} ms instead of {ranks['ms'][0]:.0f} ms).\n\n"
         f"Highest resident memory: {streamed} ({resident['ratio']:.3f}x)."

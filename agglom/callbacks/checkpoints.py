@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from agglom.callbacks.checkpoint_files import checkpoint_path, publish, remove_temporaries, temporary_path
+from agglom.callbacks.guard import NotFinite
 from agglom.errors import UserError
 
 
@@ -137,6 +138,10 @@ class Checkpoints(Checkpoint):
         self._restore_signals()
         if isinstance(exception, SIGTERMException) and trainer.world_size > 1 and self._whole:  # on every rank
             self.stopped = Stopped(self._signum or signal.SIGTERM, self._save(trainer), trainer.global_step)
+        elif isinstance(exception, NotFinite):  # nothing of it is in the weights
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current
+            self._between = batches.ready > batches.completed
+            self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore_signals()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Collection, Iterator, TypeVar
+from typing import Any, Callable, Collection, Iterator, Mapping, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from agglom.errors import UserError
 from agglom.features import Dims, StudentFeatures
+
+log = logging.getLogger("agglom.fit")
 
 When = int | float
 Own = TypeVar("Own", bound="Objective")
@@ -124,6 +127,29 @@ class Objective(nn.Module):
     def alarms(self, values: dict[str, float], since: int) -> list[str]:
         """What is wrong with the numbers of `diagnosis`, `since` steps after its first, a line each."""
         return []
+
+
+def objective_metrics(
+    objectives: nn.ModuleDict, ran: Mapping[str, tuple[float, Tensor]], *, step: int, total: int
+) -> dict[str, Tensor]:
+    """What is logged of the objectives of a step; their alarms go to the log.
+
+    Args:
+        objectives: name -> objective.
+        ran: name -> (weight, per-image loss) of those that took part.
+        step: optimiser steps before.
+        total: optimiser steps of the run.
+    """
+    metrics: dict[str, Tensor] = {}
+    for name, (weight, value) in ran.items():
+        objective = cast(Objective, objectives[name])
+        metrics |= {f"train/{name}/loss": value.detach().mean(), f"train/{name}/weight": torch.tensor(weight)}
+        found = objective.diagnosis()
+        metrics |= {f"train/{name}/{key}": number for key, number in found.items()}
+        numbers = {key: float(number) for key, number in found.items()}
+        for line in objective.alarms(numbers, step - steps(objective.start, total)):
+            log.warning("step %d: model.objectives.%s: %s", step, name, line)
+    return metrics
 
 
 def conflicts(

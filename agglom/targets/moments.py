@@ -140,6 +140,10 @@ class Statistics(nn.Module):
         self.steps.add_(1)
         self._taken += 1
 
+    def recount(self) -> None:
+        """Read the twin anew, after an update has been taken back on the device. The host waits."""
+        self._taken = 0 if self.steps.is_meta else int(self.steps)
+
     def reset(self) -> None:
         """Forget everything, as at the start of a stage."""
         raise NotImplementedError
@@ -159,7 +163,7 @@ class Statistics(nn.Module):
             if prefix + name in state_dict:
                 self._resize(name, state_dict[prefix + name].shape, getattr(self, name).device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._taken = 0 if self.steps.is_meta else int(self.steps)
+        self.recount()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Statistics:
         # module.to(bfloat16) must move the statistics but not round them
