@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Distiller": "agglom.distiller",
     "load": "agglom.export",
+    "detection_backbone": "agglom.detection",
     "Features": "agglom.features",
     "InputSpec": "agglom.features",
 }

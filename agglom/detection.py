@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
@@ -76,9 +77,9 @@ class DetectionBackbone(nn.Module):
     """Images -> maps, for `torchvision.models.detection`: FasterRCNN, FCOS, RetinaNet.
 
     A model whose last four stages have grids of their own (a CNN, Swin) gives those, under a top-down pyramid; any
-    other its last map, under a `SimpleFeaturePyramid`. Only the pyramid is trained and saved: the model is asked
-    without gradient, its mode and parameters are left alone and it is no part of the state dict, but it moves along
-    with `to`.
+    other its last map, under a `SimpleFeaturePyramid`. Of a frozen model only the pyramid is trained and saved: the
+    model is asked without gradient, its mode and parameters are left alone and it is no part of the state dict, but it
+    moves along with `to`. One that isn't frozen is a submodule like any other.
 
     It normalises images itself, so give the detector `image_mean=[0] * 3, image_std=[1] * 3`.
 
@@ -90,6 +91,7 @@ class DetectionBackbone(nn.Module):
         model: any teacher, student or export that has a feature map.
         channels: of each map.
         pool: one more map, twice as coarse as the coarsest: what torchvision's own choice of anchors counts on.
+        frozen: leave the model as it is; False trains it along, which no teacher allows.
 
     Raises:
         UserError: the model has no feature map.
@@ -98,13 +100,18 @@ class DetectionBackbone(nn.Module):
     model: Backbone
     strides: list[int]
 
-    def __init__(self, model: Backbone, *, channels: int = 256, pool: bool = True) -> None:
+    def __init__(self, model: Backbone, *, channels: int = 256, pool: bool = True, frozen: bool = True) -> None:
         super().__init__()
-        self.__dict__["model"] = model  # not a submodule: neither trained nor saved
+        self.frozen_model = frozen
+        if frozen:
+            self.__dict__["model"] = model  # not a submodule: neither trained nor saved
+        else:
+            self.model = model
         self.out_channels, self.pool = channels, pool
         self.stride = 2 ** round(math.log2(model.input.stride))
         self.map_strides = [self.stride]  # of the model's own maps, until they are known
-        maps = self.frozen(torch.zeros(1, 3, *self.canvas(16 * self.stride), device=_device(model)))
+        with torch.no_grad():
+            maps = self.maps(torch.zeros(1, 3, *self.canvas(16 * self.stride), device=_device(model)))
         self.map_strides = [round(self.stride * sides(maps[-1])[0] / sides(x)[0]) for x in maps]
         widths = [x.shape[1] for x in maps]
         # frozen maps come in any scale
@@ -126,7 +133,7 @@ class DetectionBackbone(nn.Module):
         height, width = self.model.input.grid(size)
         return height * self.stride, width * self.stride
 
-    def frozen(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [0, 1] -> the model's own maps, finest first, (B, C_i, ceil(H / s_i), ceil(W / s_i)).
 
         Raises:
@@ -139,7 +146,7 @@ class DetectionBackbone(nn.Module):
         if spec.size is None and spec.stride != self.stride:
             cells = height // self.stride, width // self.stride
             images = resize(images, (cells[0] * spec.stride, cells[1] * spec.stride), spec.interpolation)
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_model):
             answer = ask(self.model, images, blocks=LEVELS)
         maps = {sides(x.spatial): x.spatial for x in answer.blocks if x.spatial is not None}
         if len(maps) < 2:
@@ -156,7 +163,7 @@ class DetectionBackbone(nn.Module):
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """(B, 3, H, W) in [0, 1], H and W multiples of the coarsest stride or of `canvas` -> "0", "1", ... finest
         first, and "pool": (B, out_channels, ceil(H / stride), ceil(W / stride)) each."""
-        maps = [scale(x) for scale, x in zip(self.scale, self.frozen(images), strict=True)]
+        maps = [scale(x) for scale, x in zip(self.scale, self.maps(images), strict=True)]
         levels = self.pyramid(maps)
         out = OrderedDict((str(i), x) for i, x in enumerate(levels))
         if self.pool:
@@ -164,9 +171,37 @@ class DetectionBackbone(nn.Module):
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DetectionBackbone:
-        if isinstance(self.model, nn.Module):
+        if self.frozen_model and isinstance(self.model, nn.Module):
             self.model._apply(fn)
         return super()._apply(fn, recurse)
+
+
+def detection_backbone(
+    path: str | Path, *, channels: int = 256, pool: bool = True, frozen: bool = True
+) -> DetectionBackbone:
+    """An export as the backbone of a torchvision detector.
+
+    ```python
+    from torchvision.models.detection import FasterRCNN
+
+    backbone = agglom.detection_backbone("runs/demo/export")
+    detector = FasterRCNN(backbone, num_classes=11, image_mean=[0] * 3, image_std=[1] * 3, min_size=64, max_size=64)
+    ```
+
+    Args:
+        path: export folder, or a run directory that holds one.
+        channels: of each map.
+        pool: see `DetectionBackbone`.
+        frozen: train the pyramid alone; False trains the student along (never its adaptors).
+
+    Raises:
+        UserError: no export there.
+    """
+    from agglom.export import load
+
+    model = load(path)
+    model.heads.requires_grad_(False)
+    return DetectionBackbone(model, channels=channels, pool=pool, frozen=frozen)
 
 
 class Anchors(AnchorGenerator):

@@ -25,7 +25,7 @@ import agglom
 from agglom.adaptors import Adaptor
 from agglom.card import model_card
 from agglom.errors import UserError, brief, nearest
-from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures
+from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures, TextTower, align, sides
 from agglom.students import TimmStudent, fold_weights
 
 FORMAT = 1
@@ -115,6 +115,8 @@ class Exported(nn.Module):
         self.student = student
         self.heads = nn.ModuleDict(adaptors)
         self.about = about
+        self.towers: dict[str, TextTower] = {}  # by teacher, once they were asked for
+        self.words: tuple[Any, Tensor] = (None, torch.empty(0))  # the last texts and their embeddings
         self.eval()
 
     @property
@@ -123,7 +125,40 @@ class Exported(nn.Module):
 
     def forward_features(self, images: Tensor, taps: tuple[str, ...] = ()) -> StudentFeatures:
         """images (B, 3, H, W) in [0, 1] -> summary tokens (B, K, D), map (B, C, H', W'), taps."""
+        check_images(images, self.student)
         return self.student(images, taps)
+
+    def zero_shot(
+        self,
+        images: Tensor,
+        texts: Sequence[str],
+        *,
+        adaptor: str | None = None,
+        tower: TextTower | None = None,
+        templates: str | Sequence[str] = ("{}",),
+    ) -> Tensor:
+        """How well each text fits each image, through the adaptor for an image-text teacher and its text tower.
+
+        The tower is built from the teacher's own reference when it is first asked for, which may need the hub.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            texts: N texts, such as ["a dog", "a cat"].
+            adaptor: the teacher whose space to compare in; left out: the only one that has a text tower.
+            tower: a text tower of that space, instead of the teacher's own.
+            templates: prompts that each text is put into, whose embeddings are averaged: a list with one {} each,
+                "simple", "full", or a file. Left out: the text alone.
+
+        Returns:
+            (B, N) logits: the cosine times the teacher's own temperature (plus its bias, for SigLIP). `softmax(1)`
+            makes them probabilities.
+
+        Raises:
+            UserError: no such adaptor, or none with a text tower; a tower that can't be built.
+        """
+        from agglom.zero_shot import zero_shot
+
+        return zero_shot(self, images, texts, adaptor=adaptor, tower=tower, templates=templates)
 
     def forward(self, images: Tensor) -> Features:
         """images (B, 3, H, W) in [0, 1] -> all summary tokens side by side (B, K * D), map (B, C, H', W')."""
@@ -132,6 +167,7 @@ class Exported(nn.Module):
     def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
         """As `forward`, with the last blocks and the spaces of these teachers out of one pass of the student."""
         heads = {name: cast(Adaptor, self.adaptors[name].adaptor) for name in adaptors}
+        check_images(images, self.student)
         last = self.student.tap_names[-blocks:] if blocks else ()
         wanted = {*last, *(tap for head in heads.values() for tap in head.taps)}
         features = self.student(images, tuple(tap for tap in self.student.tap_names if tap in wanted))
@@ -156,12 +192,49 @@ class ThroughAdaptor:
     def input(self) -> InputSpec:
         return self.exported.input
 
-    def __call__(self, images: Tensor) -> Features:
-        return self.adaptor(self.exported.student(images, tuple(self.adaptor.taps)))
+    def __call__(self, images: Tensor, grid: tuple[int, int] | None = None) -> Features:
+        """images (B, 3, H, W) in [0, 1] -> Features; `grid` (h, w) brings the map to another grid, as a decoder of the
+        teacher may want it (SAM's: 64 x 64)."""
+        summary, spatial = self.adaptor(self.exported.forward_features(images, tuple(self.adaptor.taps)))
+        return Features(summary, spatial if spatial is None or grid is None else align(spatial, grid))
 
     def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
         """As calling it; an adaptor has no blocks of its own."""
         return Answer(self(images), [], {})
+
+
+class BadImages(UserError, ValueError):
+    """Images that the student can't take."""
+
+
+def check_images(images: Tensor, student: TimmStudent) -> None:
+    """Whether the student can take these images.
+
+    Raises:
+        BadImages: not (B, 3, H, W) floats, a size that is no multiple of the stride where it is free, a dtype that is
+            not the weights', float16 on a CPU.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise BadImages(f"images of shape {tuple(images.shape)}; valid: (B, 3, H, W); a single one: images[None]")
+    if not images.is_floating_point():
+        raise BadImages(f"images are {_dtype(images)}; valid: floats in [0, 1]; divide by 255")
+    (height, width), spec = sides(images), student.input
+    if spec.size is None and (height % spec.stride or width % spec.stride):
+        raise BadImages(
+            f"images of {height} x {width} pixels; valid: multiples of {spec.stride}, the student's stride; resize or pad"
+        )
+    weights, kind = next(student.parameters()), images.device.type
+    if kind == "cpu" and torch.float16 in (images.dtype, weights.dtype):
+        raise BadImages("float16 on the CPU; valid: float32 or bfloat16 there; call .float(), or move to a GPU")
+    available = torch.amp.is_autocast_available(kind)  # not on the meta device, which refuses the question
+    if images.dtype != weights.dtype and not (available and torch.is_autocast_enabled(kind)):
+        raise BadImages(
+            f"images are {_dtype(images)} and the weights {_dtype(weights)}; make them one, or run under torch.autocast"
+        )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class _NoAdaptor(UserError, KeyError):
@@ -174,7 +247,8 @@ class _Adaptors(Mapping[str, ThroughAdaptor]):
 
     def __getitem__(self, name: str) -> ThroughAdaptor:
         if name not in self.exported.heads:
-            raise _NoAdaptor(f"adaptor {name!r}; {nearest(name, self.exported.heads)}")
+            kept = nearest(name, self.exported.heads)
+            raise _NoAdaptor(f"adaptor {name!r}; {kept}; `agglom export --adaptors` decides which go along")
         return ThroughAdaptor(self.exported, name)
 
     def __iter__(self) -> Iterator[str]:

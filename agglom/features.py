@@ -96,7 +96,10 @@ class Dims:
 
 @runtime_checkable
 class TextTower(Protocol):
-    """The language side of an image-text model: what zero-shot and retrieval need."""
+    """The language side of an image-text model: what zero-shot and retrieval need.
+
+    A tower may also have `scale_and_bias`, two floats that make a cosine the model's own logit.
+    """
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """(N, D) L2-normalised text embeddings in the space of the same model's image summary."""

@@ -19,8 +19,8 @@ from agglom.probes.retrieval_linear import LinearRetrievalProbe
 from agglom.probes.runner import run_probes
 from agglom.probes.segmentation import SegmentationProbe
 from agglom.probes.segmentation_sgd import SegmentationSgdProbe
-from agglom.probes.templates import TEMPLATES
-from agglom.probes.zeroshot import ZeroShotProbe
+from agglom.probes.templates import TEMPLATES, read_templates
+from agglom.probes.zeroshot import ZeroShotProbe, classifier
 
 __all__ = [
     "PROBES",
@@ -41,7 +41,9 @@ __all__ = [
     "Subject",
     "Targets",
     "ZeroShotProbe",
+    "classifier",
     "read_report",
+    "read_templates",
     "run_probes",
     "splits_of",
     "write_comparison",

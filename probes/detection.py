@@ -232,11 +232,11 @@ class Remembering(DetectionBackbone):
         self.__dict__["kept"] = {}
         super().__init__(model, channels=channels, pool=pool)
 
-    def frozen(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor) -> list[Tensor]:
         if self.keys is None:
-            return super().frozen(images)
+            return super().maps(images)
         lacking = [i for i, key in enumerate(self.keys) if key not in self.kept]
-        fresh = dict(zip(lacking, zip(*super().frozen(images[lacking]), strict=True), strict=True)) if lacking else {}
+        fresh = dict(zip(lacking, zip(*super().maps(images[lacking]), strict=True), strict=True)) if lacking else {}
         maps = [fresh[i] if i in fresh else self.kept[key] for i, key in enumerate(self.keys)]
         size = sum(x.nbytes for x in maps[0])
         for i in lacking:

@@ -94,7 +94,7 @@ class FpnSegmenter(Segmenter):
         self.to(device)
 
     def frozen(self, images: Tensor) -> list[Tensor]:
-        return self.backbone.frozen(images)
+        return self.backbone.maps(images)
 
     def logits(self, maps: Sequence[Tensor]) -> Tensor:
         scaled = [scale(x) for scale, x in zip(self.backbone.scale, maps, strict=True)]

@@ -141,6 +141,12 @@ class OpenClipText:
             parts = [self.teacher.model.encode_text(part.to(device), normalize=True) for part in tokens.split(256)]
         return torch.cat(parts).float()
 
+    @property
+    def scale_and_bias(self) -> tuple[float, float]:
+        """Cosine -> logit, as in the model's training: the inverse temperature, and SigLIP's bias (0 for others)."""
+        bias = getattr(self.teacher.model, "logit_bias", None)
+        return float(self.teacher.model.logit_scale.exp()), 0.0 if bias is None else float(bias)
+
     def network(self) -> nn.Module:
         """The tower as a module, token ids (N, context length) -> (N, D), not normalised; it shares its weights.
 

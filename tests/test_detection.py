@@ -61,7 +61,7 @@ def centre(spatial, stride):
 def test_what_is_drawn_somewhere_is_found_there(stride, size, stages, side, grids):
     backbone = DetectionBackbone(Pixels(stride, size, stages), channels=8)
     box = [side // 2, side // 8, side // 2 + side // 4, side // 8 + side // 2]
-    maps = backbone.frozen(spot(side, *box))
+    maps = backbone.maps(spot(side, *box))
     assert [x.shape[-1] for x in maps] == grids
     for x, s in zip(maps, backbone.map_strides, strict=True):
         assert s == side // x.shape[-1]

@@ -107,6 +107,11 @@ class TinyClip(nn.Module):
         device = self.projection.weight.device
         return F.normalize(self.text(tokenize(texts).to(device)).float(), dim=-1)
 
+    @property
+    def scale_and_bias(self) -> tuple[float, float]:
+        """Cosine -> logit, as in training: the inverse temperature, and no bias."""
+        return float(self.logit_scale.detach().exp()), 0.0
+
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """(N, 20) word numbers, see the function."""
         return tokenize(texts)
