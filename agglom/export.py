@@ -221,7 +221,7 @@ def check_images(images: Tensor, student: TimmStudent) -> None:
     (height, width), spec = sides(images), student.input
     if spec.size is None and (height % spec.stride or width % spec.stride):
         raise BadImages(
-            f"images of {height} x {width} pixels; valid: multiples of {spec.stride}, the student's stride; resize or pad"
+            f"images of {height} x {width} pixels; valid: multiples of {spec.stride}, the student's stride; resize them"
         )
     weights, kind = next(student.parameters()), images.device.type
     if kind == "cpu" and torch.float16 in (images.dtype, weights.dtype):
