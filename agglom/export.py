@@ -23,16 +23,24 @@ from torch import Tensor, nn
 
 import agglom
 from agglom.adaptors import Adaptor
-from agglom.card import model_card
+from agglom.card import licence_of, model_card
 from agglom.errors import UserError, brief, nearest
 from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures, TextTower, align, sides
+from agglom.record import training_record
 from agglom.students import TimmStudent, fold_weights
 
 FORMAT = 1
 
 
 def write_export(
-    out: Path, *, student: TimmStudent, heads: Mapping[str, nn.Module], teachers: dict[str, Any], size: int, step: int
+    out: Path,
+    *,
+    student: TimmStudent,
+    heads: Mapping[str, nn.Module],
+    teachers: dict[str, Any],
+    size: int,
+    step: int,
+    run: Path | None = None,
 ) -> Path:
     """Write the export folder; an existing one is replaced file by file.
 
@@ -43,18 +51,9 @@ def write_export(
         teachers: the manifest of the run's teachers.
         size: pixels of a side that the student was trained at; becomes `pretrained_cfg.input_size`.
         step: optimiser steps behind the weights.
+        run: the run directory, for what the model card says of recipe, data and probes.
     """
     out.mkdir(parents=True, exist_ok=True)
-    backbone = fold_weights(copy.deepcopy(student.backbone))  # plain timm knows no other weights
-    data_config = {
-        "input_size": (3, size, size),
-        "mean": student.input.mean,
-        "std": student.input.std,
-        "interpolation": student.input.interpolation,
-        "crop_pct": 1.0,
-    }
-    backbone.to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
-    save_for_hf(backbone, str(out), data_config=data_config, safe_serialization=True)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     for name, head in heads.items():
@@ -68,22 +67,74 @@ def write_export(
             "token": adaptor.token,
             "tap_names": list(adaptor.tap_names),
         }
-    save_file(tensors, out / "adaptors.safetensors")
-    _write_json(out / "adaptors.json", entries)
     about = {
         "format": FORMAT,
         "agglom": agglom.__version__,
         "timm": timm.__version__,
         "torch": torch.__version__,
-        "student": {"name": student.name, "summary_tokens": student.tokens, "registers": student.registers},
+        "student": {
+            "name": student.name,
+            "summary_tokens": student.tokens,
+            "registers": student.registers,
+            "vit": student.is_vit,
+        },
         "input": {**student.input.as_dict(), "size": [size, size]},
         "steps": step,
         "teachers": teachers["teachers"],
         "adaptors": list(heads),
+        **(training_record(run) if run else {}),
     }
+    _save_backbone(student, out, about)
+    save_file(tensors, out / "adaptors.safetensors")
+    _write_json(out / "adaptors.json", entries)
     _write_json(out / "agglom.json", about)
-    (out / "README.md").write_text(model_card(about))
-    return out
+    for path in out.glob("*.safetensors"):  # safetensors keeps them to their owner; a hand-over is for others
+        path.chmod((out / "agglom.json").stat().st_mode & 0o777)
+    return write_card(out, run)
+
+
+def _save_backbone(student: TimmStudent, out: Path, about: Mapping[str, Any]) -> None:
+    """config.json and model.safetensors, which say nothing of the weights that the architecture's name stands for."""
+    backbone: Any = fold_weights(copy.deepcopy(student.backbone))  # plain timm knows no other weights
+    licence = licence_of(about)
+    foreign = ("hf_hub_id", "url", "file", "origin_url", "paper_name", "paper_ids", "notes", "description", "license")
+    own = {key: value for key, value in backbone.pretrained_cfg.items() if key not in foreign}
+    backbone.pretrained_cfg = {**own, "tag": "agglom", **({"license": licence.name.lower()} if licence else {})}
+    data_config = {
+        "input_size": (3, about["input"]["size"][0], about["input"]["size"][1]),
+        "mean": student.input.mean,
+        "std": student.input.std,
+        "interpolation": student.input.interpolation,
+        "crop_pct": 1.0,
+    }
+    backbone.to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
+    save_for_hf(backbone, str(out), data_config=data_config, safe_serialization=True)
+
+
+def write_card(folder: Path, run: Path | None = None) -> Path:
+    """Write the model card (README.md) of an export folder anew.
+
+    Args:
+        folder: the export.
+        run: the run directory that it came from; its report goes in, if it is of exactly these weights.
+    """
+    about, entries = _read_json(folder / "agglom.json"), _read_json(folder / "adaptors.json")
+    report = _report_of(folder, run) if run else None
+    (folder / "README.md").write_text(model_card(about, entries, report), encoding="utf-8")
+    return folder
+
+
+def _report_of(folder: Path, run: Path) -> dict[str, Any] | None:
+    """The run's report, if it is of the weights in this folder: they may be of another checkpoint."""
+    whole = run / "export"
+    if not (run / "probes" / "report.json").is_file() or not (whole / "agglom.json").is_file():
+        return None
+    from agglom.probes import read_report, weights_hash
+
+    report, _ = read_report(run)
+    probed = report["provenance"]["models"][report["student"]]["fingerprint"]
+    same = (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    return report if same and weights_hash(load(whole)) == probed else None
 
 
 def fold_normalizers(head: nn.Module) -> Adaptor:

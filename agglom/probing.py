@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Mapping, Sequence
 
 from agglom.data import read_index
-from agglom.export import Exported, random_like
+from agglom.export import Exported, random_like, write_card
 from agglom.features import Backbone, TextTower
 from agglom.probes import run_probes, write_report
 from agglom.runs import load_run, resolve
@@ -50,7 +50,10 @@ def probe_run(
         size=size,
         seed=seed,
     )
-    return write_report(out)
+    page = write_report(out)
+    if out == Path(run) / "probes":
+        write_card(Path(run) / "export", Path(run))  # it has the numbers now
+    return page
 
 
 def probe_models(

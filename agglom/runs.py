@@ -126,4 +126,5 @@ def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = No
         config["data"]["size"],
         state["global_step"],
         names if adaptors is None else adaptors,
+        run=path.parent.parent,
     )

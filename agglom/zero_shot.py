@@ -62,8 +62,8 @@ def text_tower(name: str, record: Mapping[str, Any]) -> TextTower:
     source = record["source"]
     if not source.startswith(READERS):
         raise UserError(
-            f"zero_shot: teacher {name} is {source!r}, which names no text tower; valid: tiny:clip, open_clip:NAME/TAG; "
-            f"give tower=, for example agglom.teachers.OpenClipTeacher(name=..., checkpoint=...).text"
+            f"zero_shot: teacher {name} is {source!r}, which names no text tower; valid: tiny:clip, "
+            f"open_clip:NAME/TAG; give tower=, such as agglom.teachers.OpenClipTeacher(name=..., checkpoint=...).text"
         )
     teacher = from_ref(source, dtype=record["dtype"])
     kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["input"].items()}
@@ -84,7 +84,7 @@ def _reader(exported: Exported, tower: TextTower | None) -> str:
     read = having if tower is not None and not read else read
     if len(read) != 1:
         raise UserError(
-            f"zero_shot: {len(read)} of the adaptors ({', '.join(exported.adaptors) or 'none'}) are for a teacher whose text "
-            f"tower is known; valid: 1; give adaptor=NAME, and tower= where the teacher's weights were a file"
+            f"zero_shot: {len(read)} of the adaptors ({', '.join(exported.adaptors) or 'none'}) are for a teacher "
+            f"whose text tower is known; valid: 1; give adaptor=NAME, and tower= where the teacher's weights were a file"
         )
     return read[0]

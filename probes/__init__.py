@@ -7,11 +7,13 @@ from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.detection import DetectionProbe
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.fidelity import FidelityProbe
+from agglom.probes.fingerprint import weights_hash
 from agglom.probes.gather import splits_of
 from agglom.probes.geometry import GeometryProbe
 from agglom.probes.knn import KnnProbe
 from agglom.probes.linear import LinearProbe
 from agglom.probes.linear_sgd import LinearSgdProbe
+from agglom.probes.markdown import clean, grid, retention_table
 from agglom.probes.measure import PROBES
 from agglom.probes.report import read_report, write_comparison, write_report
 from agglom.probes.retrieval import RetrievalProbe
@@ -42,10 +44,14 @@ __all__ = [
     "Targets",
     "ZeroShotProbe",
     "classifier",
+    "clean",
+    "grid",
     "read_report",
     "read_templates",
+    "retention_table",
     "run_probes",
     "splits_of",
+    "weights_hash",
     "write_comparison",
     "write_report",
 ]

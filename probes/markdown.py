@@ -44,10 +44,11 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = Fa
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _retention(report: w.Report) -> list[str]:
+def retention_table(report: w.Report) -> str:
+    """Each probe's retention, a row each; empty where nothing was compared."""
     kept = report["retention"]
     if not kept:
-        return []
+        return ""
     teachers = [t for t in report["teachers"] if any(t in r["teachers"] for r in kept.values())]
     rows = [
         [
@@ -63,7 +64,12 @@ def _retention(report: w.Report) -> list[str]:
     ]
     head = ["probe", "metric", "student", "best teacher", "retention", "95 % interval"]
     head += [f"of {clean(t)}" for t in teachers]
-    return ["## Retention", "The student's metric divided by a teacher's, in percent.", grid(head, rows)]
+    return grid(head, rows)
+
+
+def _retention(report: w.Report) -> list[str]:
+    table = retention_table(report)
+    return ["## Retention", "The student's metric divided by a teacher's, in percent.", table] if table else []
 
 
 def _scores(report: w.Report) -> list[str]:

@@ -77,9 +77,8 @@ class RunDirectory(Checkpoint):
         average = next((c for c in trainer.callbacks if isinstance(c, WeightEMA)), None)
         if average is not None:
             average.exchange(pl_module)
-        export_module(
-            pl_module, Path(trainer.default_root_dir) / "export", self._manifest, self.size, trainer.global_step
-        )
+        root = Path(trainer.default_root_dir)
+        export_module(pl_module, root / "export", self._manifest, self.size, trainer.global_step, run=root)
         if average is not None:
             average.exchange(pl_module)
 
@@ -130,9 +129,10 @@ def export_module(
     size: int,
     step: int,
     adaptors: Sequence[str] | None = None,
+    run: Path | None = None,
 ) -> Path:
     """Write the export of a distiller with the weights that it holds now, with all or only some of its adaptors."""
     heads = {name: head for name, head in module.heads.items() if adaptors is None or name in adaptors}
     return write_export(
-        out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step
+        out, student=cast(TimmStudent, module.student), heads=heads, teachers=teachers, size=size, step=step, run=run
     )
