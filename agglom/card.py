@@ -192,7 +192,7 @@ def _teachers(about: Mapping[str, Any]) -> list[str]:
         grid(["name", "source", "licence", "which means", "sha256 of the weights"], rows, words=True),
         f"> **The strictest licence among them is {clean(strict.name)}: {MEANS[strict.kind]}.** A student's weights "
         "are made from what its teachers answered, so they may inherit conditions of the teachers' licences, and of "
-        "the data that the teachers were trained on. The table repeats what each teacher states; it is no legal advice.",
+        "the data that those were trained on. The table repeats what each teacher states; this is no legal advice.",
     ]
 
 

@@ -85,6 +85,6 @@ def _reader(exported: Exported, tower: TextTower | None) -> str:
     if len(read) != 1:
         raise UserError(
             f"zero_shot: {len(read)} of the adaptors ({', '.join(exported.adaptors) or 'none'}) are for a teacher "
-            f"whose text tower is known; valid: 1; give adaptor=NAME, and tower= where the teacher's weights were a file"
+            f"whose text tower is known; valid: 1; give adaptor=NAME, and tower= where the weights were a file"
         )
     return read[0]
