@@ -36,7 +36,8 @@ def training_record(run: Path) -> dict[str, Any]:
         for key, value in config.items()
         if key not in LOCAL[""]
     }
-    return {"recipe": _clean(recipe), "data": _data(config)}
+    address = (config.get("data") or {}).get("data")
+    return {"recipe": _clean(recipe), **({"data": _data(address)} if address else {})}
 
 
 def resolutions(about: Mapping[str, Any]) -> list[int]:
@@ -67,10 +68,9 @@ def objectives(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(what, _spelled(entry)) for what, entry in named if isinstance(entry, dict) and "class_path" in entry]
 
 
-def _data(config: Mapping[str, Any]) -> dict[str, Any]:
+def _data(address: str) -> dict[str, Any]:
     from agglom.data import read_index
 
-    address = config["data"]["data"]
     out: dict[str, Any] = {"address": _scrub(address)}
     try:
         index = read_index(address)
