@@ -116,6 +116,7 @@ def _opening(about: Mapping[str, Any]) -> list[str]:
 
 def _use(about: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
     mean, std, size = tuple(about["input"]["mean"]), tuple(about["input"]["std"]), about["input"]["size"][0]
+    hub = about.get("hub")
     parts = [
         "## Use",
         f"""\
@@ -123,7 +124,7 @@ def _use(about: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
 import timm
 import torch
 
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True).eval()
+model = timm.create_model("{f"hf-hub:{hub}" if hub else "local-dir:PATH_OF_THIS_FOLDER"}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)  # {size} px, mean {mean}, std {std}
 transform = timm.data.create_transform(**config, is_training=False)  # normalises; don't do it twice
 with torch.no_grad():
@@ -132,6 +133,7 @@ with torch.no_grad():
         "`features_only=True`, `forward_intermediates` and `num_classes=10` work as for any timm model. transformers, "
         "where it is installed, loads the same folder: `AutoModel.from_pretrained(PATH)`, "
         "`AutoImageProcessor.from_pretrained(PATH)`.",
+        *([f"The folder, for what follows: `huggingface_hub.snapshot_download({hub!r})`."] if hub else []),
         "### In a teacher's space",
     ]
     if not entries:
@@ -154,7 +156,8 @@ summary, spatial = student.adaptors[{first!r}](images)  # images (B, 3, H, W) in
             "With the text tower of that teacher (" + code(readable[0]) + '): `student.zero_shot(images, ["a dog", "a '
             'cat"]).softmax(1)`.'
         )
-    alone = script(entries, is_vit=about["student"]["vit"])
+    is_vit = about["student"].get("vit")  # exports of earlier versions don't say
+    alone = None if is_vit is None else script(entries, is_vit=is_vit)
     if alone is None:
         parts.append("These adaptors need agglom, and the module that defines their class.")
     else:

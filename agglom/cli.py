@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from inspect import signature
@@ -120,6 +121,16 @@ def _named(name: str, args: list[str]) -> list[str]:
         return ["--data", *args]
     if name == "cache":
         return ["--dry_run=true" if arg == "--dry-run" else arg for arg in args]
+    if name == "export":  # flags, and dashes as in other tools
+        flags = ("--onnx", "--int8", "--pt2", "--private")
+        following = [*args[1:], "--"]
+        plain = [
+            f"{arg}=true" if arg in flags and after.startswith("-") else arg
+            for arg, after in zip(args, following, strict=True)
+        ]
+        return [
+            re.sub("^--(onnx-adaptors|push-to-hub)", lambda m: m[0][:2] + m[1].replace("-", "_"), arg) for arg in plain
+        ]
     if name == "probe":  # each is one more, and none replaces another
         return [arg.replace("--model", "--model+", 1) if arg.partition("=")[0] == "--model" else arg for arg in args]
     if name == "report" and len(plain) == len(args):

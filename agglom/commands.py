@@ -361,7 +361,17 @@ def report(dirs: list[str]) -> None:
         print(write_comparison(folders, folders[0]))
 
 
-def export(ckpt: str, out: str, adaptors: str | None = None) -> None:
+def export(
+    ckpt: str,
+    out: str,
+    adaptors: str | None = None,
+    onnx: bool = False,
+    onnx_adaptors: str | None = None,
+    int8: bool = False,
+    pt2: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+) -> None:
     """Write a checkpoint of a run as a folder that plain timm loads, with adaptors and model card.
 
     Args:
@@ -369,16 +379,46 @@ def export(ckpt: str, out: str, adaptors: str | None = None) -> None:
         out: the folder to write.
         adaptors: names of the teachers whose adaptors are kept, separated by commas, or "none"; left out: all. The
             backbone is the same with and without.
+        onnx: write backbone.onnx too, checked against torch (pip install 'agglom[onnx]').
+        onnx_adaptors: teachers whose adaptors go into a second graph with the backbone, adaptors.onnx or adaptors.pt2,
+            separated by commas.
+        int8: write the ONNX files in int8 as well, and measure their features' cosine to fp32.
+        pt2: write backbone.pt2 for torch.export.load, checked against torch.
+        push_to_hub: name of a repository of the Hugging Face hub to upload the folder to, USER/NAME.
+        private: of that repository, where it is made.
     """
-    folder = Path(out)
+    folder, source = Path(out), Path(ckpt)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "agglom.json").is_file():
         raise UserError(
             f"out: {out} holds something else than an export; valid: an export or a new folder; choose another"
         )
+    if int8 and not onnx:
+        raise UserError("int8: true without onnx; valid with --onnx; add it")
+    if onnx_adaptors and not (onnx or pt2):
+        raise UserError(f"onnx_adaptors: {onnx_adaptors} without onnx; valid with --onnx or --pt2; add one")
+    if onnx:
+        from agglom.graphs import check_packages
+
+        check_packages()
     from agglom.runs import export_checkpoint
 
-    kept = None if adaptors is None else [name.strip() for name in adaptors.split(",") if name.strip() != "none"]
-    print(export_checkpoint(Path(ckpt), Path(out), kept))
+    kept = None if adaptors is None else [name for name in _names(adaptors) if name != "none"]
+    print(export_checkpoint(source, folder, kept))
+    run = source if source.is_dir() else source.parent.parent
+    if onnx or pt2:
+        from agglom.graphs import write_graphs
+
+        chosen = _names(onnx_adaptors or "")
+        for line in write_graphs(folder, onnx=onnx, int8=int8, pt2=pt2, adaptors=chosen, run=run):
+            print(line)
+    if push_to_hub is not None:
+        from agglom.hub import push
+
+        print(push(folder, push_to_hub, private=private, run=run))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def info(ref: str | None = None, pattern: str = "") -> None:

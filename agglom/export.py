@@ -54,6 +54,8 @@ def write_export(
         run: the run directory, for what the model card says of recipe, data and probes.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for path in (*out.glob("*.onnx*"), *out.glob("*.pt2")):  # graphs of the weights that are replaced
+        path.unlink()
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     for name, head in heads.items():
@@ -109,6 +111,9 @@ def _save_backbone(student: TimmStudent, out: Path, about: Mapping[str, Any]) ->
     }
     backbone.to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
     save_for_hf(backbone, str(out), data_config=data_config, safe_serialization=True)
+    config = _read_json(out / "config.json")
+    config.get("model_args", {}).pop("num_classes", None)  # said above it too; transformers would hand it over twice
+    _write_json(out / "config.json", config)
 
 
 def write_card(folder: Path, run: Path | None = None) -> Path:
@@ -122,6 +127,18 @@ def write_card(folder: Path, run: Path | None = None) -> Path:
     report = _report_of(folder, run) if run else None
     (folder / "README.md").write_text(model_card(about, entries, report), encoding="utf-8")
     return folder
+
+
+def note(folder: Path, run: Path | None = None, **facts: Any) -> None:
+    """Enter more about an export into its agglom.json and model card.
+
+    Args:
+        folder: the export.
+        run: see `write_card`.
+        facts: "formats": further files, name -> what there is to say; "hub": name of its repository.
+    """
+    _write_json(folder / "agglom.json", {**_read_json(folder / "agglom.json"), **facts})
+    write_card(folder, run)
 
 
 def _report_of(folder: Path, run: Path) -> dict[str, Any] | None:
