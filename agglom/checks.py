@@ -332,25 +332,52 @@ def _memory(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
 
 
 def _shards(data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
+    if not isinstance(data.get("data"), str):
+        return
+    val, train = data.get("val_split", "val"), data.get("train_split", "train")
+    sources = data.get("sources") or {}
+    if data.get("follow_gap") and len(sources) < 2:
+        yield "data.follow_gap: given, but there are no two data.sources; valid: null; remove it"
+    if not sources:
+        yield from _split(data, trainer, "data.data", data["data"], {"train_split": train, "val_split": val}, train)
+        return
+    yield from _split(data, trainer, "data.data", data["data"], {"val_split": val}, None)
+    if data.get("cache"):
+        yield "data.cache: given, but it can't be of several data.sources; valid: null; remove one"
+    for name, source in sources.items():
+        if isinstance(weight := source.get("weight", 1.0), (int, float)) and not 0 < weight < float("inf"):
+            yield f"data.sources.{name}.weight: {weight}; valid: > 0; change it or remove the source"
+        split = source.get("split", "train")
+        yield from _split(
+            data, trainer, f"data.sources.{name}.data", source["data"], {f"sources.{name}.split": split}, split
+        )
+
+
+def _split(
+    data: dict[str, Any],
+    trainer: dict[str, Any],
+    key: str,
+    root: str,
+    splits: dict[str, str | None],
+    trained: str | None,
+) -> Iterator[str]:
+    """What is wrong with the shards at `root`, of which key -> split are read; `trained` by all workers and ranks."""
     from agglom.data import read_index, validate_layout
     from agglom.data.samples import check_fields
 
-    if not isinstance(data.get("data"), str):
-        return
     try:
-        index = read_index(data["data"])
+        index = read_index(root)
     except UserError as err:
-        yield f"data.data: {err}"
+        yield f"{key}: {err}"
         return
-    for key, default in (("train_split", "train"), ("val_split", "val")):
-        split = data.get(key, default)
+    for name, split in splits.items():
         try:
             if split is not None:
                 check_fields(index, split, data.get("fields") or ("image",))
         except UserError as err:
-            at_fault = key if split not in index.splits else "fields"
+            at_fault = name if split not in index.splits else "fields"
             yield f"data.{at_fault}: {str(err).removeprefix('fields: ')}; change data.{at_fault}"
             return
-    world, workers = _world(trainer), data.get("num_workers", 1)
-    if isinstance(workers, int) and workers >= 0:
-        yield from validate_layout(index, data.get("train_split", "train"), num_workers=workers, world_size=world)
+    workers = data.get("num_workers", 1)
+    if trained is not None and isinstance(workers, int) and workers >= 0:
+        yield from validate_layout(index, trained, num_workers=workers, world_size=_world(trainer))

@@ -166,6 +166,7 @@ class Distiller(pl.LightningModule):
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
         self.guard, self.aside, self.compiled = Guard(skip_nonfinite), Aside(), tuple(compile or ())
+        self.per_image: dict[str, Tensor] = {}  # (B,) losses of the last training batch, by teacher and objective
 
     @property
     def student(self) -> Student:
@@ -273,7 +274,8 @@ class Distiller(pl.LightningModule):
         for weight, value in extra.values():
             loss = loss + weight * value.mean()
         if training:
-            loss = self.guard.see(loss, targets, {**rows, **{name: value for name, (_, value) in extra.items()}})
+            self.per_image = {**rows, **{name: value for name, (_, value) in extra.items()}}
+            loss = self.guard.see(loss, targets, self.per_image)
         self._log(kind, loss, losses, per_image, weights, targets, terms, student, extra)
         return loss
 
@@ -378,19 +380,16 @@ class Distiller(pl.LightningModule):
         else:
             self.ranks["summary"].update(student().summary.flatten(1))
             self.ranks["spatial"].update(student().spatial.movedim(1, -1))
-        self.log_dict(
-            metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=per_image.shape[1]
-        )
+        size = per_image.shape[1]
+        self.log_dict(metrics, on_step=training, on_epoch=not training, sync_dist=not training, batch_size=size)
 
     def _pulls(self, terms: Tensor, seen: Callable[[], StudentFeatures]) -> Tensor | None:
         """Shares of the gradient, where this logged step measures them."""
         often, logged = self.gradient_shares_every, self.trainer.log_every_n_steps
         if not often or (self.global_step + 1) // logged % max(1, often // logged):
             return None
-        if not (student := seen()).spatial.requires_grad:
-            return None
         with torch.enable_grad():
-            return gradient_shares(list(terms), student)
+            return gradient_shares(list(terms), student) if (student := seen()).spatial.requires_grad else None
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{kind}_rankme": rank.compute() for kind, rank in self.ranks.items()}, rank_zero_only=True)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from agglom.cache.check import cached_teachers
 from agglom.callbacks import (
     Checkpoints,
+    Mixing,
     RandomState,
     RunCSVLogger,
     RunDirectory,
@@ -148,6 +149,7 @@ class FitCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [
             TrainingProgress(),
             RandomState(),
+            *([Mixing()] if config.data.sources else []),
             self.checkpoints,
             self.directory,
         ]

@@ -3,7 +3,9 @@
 from agglom.callbacks.checkpoint_files import Unreadable, checkpoint_path, newest, read_checkpoint, remove_checkpoints
 from agglom.callbacks.checkpoints import Checkpoints, Stopped
 from agglom.callbacks.ema import WeightEMA
+from agglom.callbacks.guard import Guard, NotFinite
 from agglom.callbacks.metrics import RunCSVLogger, drop_rows_after
+from agglom.callbacks.mixing import Mixing
 from agglom.callbacks.probes import OnlineProbes
 from agglom.callbacks.progress import TrainingProgress
 from agglom.callbacks.random_state import RandomState
@@ -11,6 +13,9 @@ from agglom.callbacks.run_directory import RunDirectory, export_module, model_di
 
 __all__ = [
     "Checkpoints",
+    "Guard",
+    "Mixing",
+    "NotFinite",
     "OnlineProbes",
     "RandomState",
     "RunCSVLogger",

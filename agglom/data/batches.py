@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from agglom.data.crops import MultiCrop
+from agglom.data.mixture import MixedStream
 from agglom.data.samples import collate
 from agglom.data.streams import TrainStream
 from agglom.plan import Plan, slot
@@ -36,7 +37,7 @@ class Batches(IterableDataset):
 
     def __init__(
         self,
-        stream: TrainStream,
+        stream: TrainStream | MixedStream,
         plan: Plan,
         *,
         micros: int = 1,
@@ -53,17 +54,17 @@ class Batches(IterableDataset):
         self._next = torch.full((1,), first).share_memory_()  # workers of a second iteration see how far it is
         self._first = self._next.clone().share_memory_()  # of this iteration: some workers start late
         self.workers, self.origin = workers, first if origin is None else origin
-        self._drawn: dict[int, int] = {}  # number of a batch -> what its worker had drawn after it
+        self._drawn: dict[int, Any] = {}  # number of a batch -> what its worker had drawn after it
         self._begun = False
 
-    def resume(self, number: int, drawn: Sequence[int]) -> None:
+    def resume(self, number: int, drawn: Sequence[Any]) -> None:
         """Begin with round `number` of the stream, whose readers have drawn so much; `origin` is where it began."""
         self.stream.resume(number, drawn, turn=(int(self._next) - self.origin) % self.workers)
         for reader, position in enumerate(drawn):  # the batch before the first, and so on, were theirs
             turn = (int(self._next) - 1 - self.origin - reader) % self.workers
             self._drawn[int(self._next) - 1 - turn] = position
 
-    def position(self, batches: int) -> list[int]:
+    def position(self, batches: int) -> list[Any]:
         """What each reader had drawn when batch number `batches` was the next one."""
         last = [batches - 1 - (batches - 1 - self.origin - reader) % self.workers for reader in range(self.workers)]
         return [self._drawn.get(number, 0) for number in last]
@@ -92,6 +93,8 @@ class Batches(IterableDataset):
             part = self.plan.part(step, slot(micro, self.stream.rank, self.stream.world_size))
             if part.size and self.stream.transform is not None:
                 self.stream.transform.size = part.size + 2 * self.margin
+            if isinstance(self.stream, MixedStream):
+                self.stream.batch = number
             self.stream.crops = self.crops if step >= self.crops_start else None
             # the stream transforms a sample when it is asked for it, so these have the size and crops just set
             batch = collate(list(islice(samples, part.batch_size)))

@@ -15,9 +15,11 @@ from agglom.data.batches import Batches
 from agglom.data.crops import CropOptions, MultiCrop
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
+from agglom.data.mixture import GapOptions, MixedStream, Shares, Source, shares_of
 from agglom.data.samples import check_fields
 from agglom.data.streams import Cached, TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
+from agglom.draws import keyed
 from agglom.errors import UserError
 from agglom.plan import Plan, Stage, slot
 
@@ -71,6 +73,10 @@ class ShardDataModule(LightningDataModule):
             (`model.shift`).
         crops: further crops of training images, for self-distillation; null for none. They are drawn apart from `view`,
             which stays the same with and without them.
+        sources: name -> shards to train on, each with its share of the samples; left out: `train_split` of `data`.
+            Validation is on `data` in any case. Batches then have a `source` (int64 (B,), its place in this table), and
+            keys begin with the source's name.
+        follow_gap: let the shares follow where the student is farthest from its teachers; null for fixed ones.
         cache: feature cache (`agglom cache`) that holds what teachers say of the training images; null for none. Views
             are then drawn among those that it has, and a batch has their `features` (teacher -> summary, spatial) and
             `cached` (bool a sample).
@@ -97,6 +103,8 @@ class ShardDataModule(LightningDataModule):
         stages: list[Stage] | None = None,
         margin: int = 0,
         crops: CropOptions | None = None,
+        sources: dict[str, Source] | None = None,
+        follow_gap: GapOptions | None = None,
         cache: str | None = None,
         cache_missing: Literal["error", "recompute"] = "error",
     ) -> None:
@@ -116,8 +124,16 @@ class ShardDataModule(LightningDataModule):
             raise UserError(f"data.fields: {list(self.fields)}; valid: with image, as data.crops needs it; add it")
         self.crops = None if crops is None else MultiCrop(crops)
         self.cache, self.cache_missing = cache, cache_missing
+        self.sources, self.follow_gap = dict(sources or {}), follow_gap
+        self.weights = shares_of(self.sources)
+        if self.sources and cache is not None:
+            raise UserError("data.cache: given, but it can't be of several data.sources; valid: null; remove one")
+        if follow_gap is not None and len(self.sources) < 2:
+            raise UserError("data.follow_gap: given, but there are no two data.sources; valid: null; remove it")
         self.index: Index | None = None
-        self._stream: TrainStream | None = None
+        self._indices: dict[str, Index] = {}
+        self.shares = Shares(self.weights)
+        self._stream: TrainStream | MixedStream | None = None
         self._samples_before = 0  # when the batches were this many:
         self._batches_before = 0
         self._order_before: dict[str, Any] | None = None
@@ -131,12 +147,14 @@ class ShardDataModule(LightningDataModule):
         """
         self.index = read_index(self.data)
         if stage in (None, "fit"):
-            problems = validate_layout(
-                self.index, self.train_split, num_workers=self.num_workers, world_size=self.world_size
-            )
-            if problems:
-                raise UserError("; ".join(problems))
-            check_fields(self.index, self.train_split, self.fields)
+            for source in self._training().values():
+                index = self._index(source.data)
+                problems = validate_layout(
+                    index, source.split, num_workers=self.num_workers, world_size=self.world_size
+                )
+                if problems:
+                    raise UserError("; ".join(problems))
+                check_fields(index, source.split, self.fields)
             _ = self.crops_start  # an open end is refused here, not in the middle of the loop's own set-up
         if self.val_split is not None:
             check_fields(self.index, self.val_split, self.fields)
@@ -144,17 +162,16 @@ class ShardDataModule(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Endless, shuffled, full batches, each as the plan wants it."""
         order = self._order()
-        self._stream = train_stream(
-            self._index(),
-            self.train_split,
-            fields=self.fields,
-            seed=self.seed,
-            transform=self.train_view,
-            shuffle=self.shuffle,
-            max_bad_fraction=self.max_bad_fraction,
-            start=self.samples_seen if order is None else order["start"],
-        )
-        self._stream.cached = self._cached(self.train_split)
+        start = self.samples_seen if order is None else order["start"]
+        if self.sources:
+            streams = {name: self._one(source, name, start) for name, source in self.sources.items()}
+            before = self._order_before or {}
+            if before.get("of", {}).get("data.sources") == self._identity()["data.sources"]:
+                self.shares.restore(before["shares"])  # whatever else has changed
+            self._stream = MixedStream(streams, self.shares, seed=self.seed, start=start)
+        else:
+            self._stream = self._one(self._training()[""], "", start)
+            self._stream.cached = self._cached(self.train_split)
         self._source = Batches(
             self._stream,
             self.plan,
@@ -172,6 +189,23 @@ class ShardDataModule(LightningDataModule):
             self._source, num_workers=self.num_workers, prefetch=self.prefetch, pin_memory=self._accelerated()
         )
 
+    def _training(self) -> dict[str, Source]:
+        """What is trained on, by name."""
+        return self.sources or {"": Source(self.data, split=self.train_split)}
+
+    def _one(self, source: Source, name: str, start: int) -> TrainStream:
+        """One source's stream; its order differs from that of another of the same shards."""
+        return train_stream(
+            self._index(source.data),
+            source.split,
+            fields=self.fields,
+            seed=keyed("source", name, self.seed) % 2**31 if name else self.seed,
+            transform=self.train_view,
+            shuffle=self.shuffle,
+            max_bad_fraction=self.max_bad_fraction,
+            start=start,
+        )
+
     def _order(self) -> dict[str, Any] | None:
         """The order of samples to go on with, None where there is none or it would be another one."""
         order = self._order_before
@@ -185,10 +219,16 @@ class ShardDataModule(LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         """What the order of samples depends on, besides where it began."""
-        shards = [[shard.file, shard.count] for shard in self._index().shards(self.train_split)]
+        shards = [
+            [shard.file, shard.count]
+            for source in self._training().values()
+            for shard in self._index(source.data).shards(source.split)
+        ]
         readers = f"{max(1, self.num_workers)} workers x {self.world_size} ranks"
         digest = hashlib.sha256(json.dumps(shards).encode()).hexdigest()
-        return {"shards": digest, "readers": readers, "data.seed": self.seed, "data.shuffle": self.shuffle}
+        return {"shards": digest, "readers": readers, "data.seed": self.seed, "data.shuffle": self.shuffle} | (
+            {"data.sources": dict(zip(self.sources, self.weights, strict=True))} if self.sources else {}
+        )
 
     def val_dataloader(self) -> Loader | list[Any]:
         """Each sample once over all ranks, in the order of the shards. Ranks may differ by one batch."""
@@ -281,7 +321,12 @@ class ShardDataModule(LightningDataModule):
             everyone = [drawn] * self.world_size
             if self.world_size > 1 and torch.distributed.is_initialized():
                 torch.distributed.all_gather_object(everyone, drawn)
-            place = {"start": self._stream.start, "round": self._stream.round, "origin": self._source.origin}
+            place: dict[str, Any] = {
+                "start": self._stream.start,
+                "round": self._stream.round,
+                "origin": self._source.origin,
+            }
+            place |= {"shares": self.shares.state()} if self.sources else {}
             order = {"of": self._identity(), **place, "drawn": everyone}
         return {"samples_seen": self.samples_seen, "batches": batches, **({} if order is None else {"order": order})}
 
@@ -297,10 +342,20 @@ class ShardDataModule(LightningDataModule):
         total = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return max(self._batches_before, total.processed)  # type: ignore[attr-defined]
 
-    def _index(self) -> Index:
+    @property
+    def ahead(self) -> int:
+        """Batches that may be in the making beyond those that training has had."""
+        return max(1, self.num_workers) * self.prefetch + 4  # Lightning fetches one or two itself
+
+    def _index(self, data: str | None = None) -> Index:
+        """Of `data`, or of another address."""
         if self.index is None:
             self.index = read_index(self.data)
-        return self.index
+        if data in (None, self.data):
+            return self.index
+        if data not in self._indices:
+            self._indices[data] = read_index(data)
+        return self._indices[data]
 
     def _accelerated(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

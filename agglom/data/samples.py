@@ -196,9 +196,9 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Samples of one set of fields -> a batch.
 
     Returns:
-        `key`, `shard` and `txt` list[str], `boxes` list of lists, `cls` int64 (B,), or a list of lists where samples
-        have any number of labels, `image` uint8 (B, 3, H, W) and `seg` uint8 (B, H, W) where all have one size, else
-        lists of tensors; a mapping's values (`crops`) likewise.
+        `key`, `shard` and `txt` list[str], `boxes` list of lists, `source` int64 (B,), `cls` the same, or a list of
+        lists where samples have any number of labels, `image` uint8 (B, 3, H, W) and `seg` uint8 (B, H, W) where all
+        have one size, else lists of tensors; a mapping's values (`crops`) likewise.
     """
     batch: dict[str, Any] = {}
     for name in samples[0]:

@@ -23,6 +23,11 @@ TIMES = ("train/images_per_s", "train/data_wait")  # the clock's, not the run's
 
 
 def config(scenes, root, workers):
+    """With a worker, of two sources whose shares follow the gap."""
+    mixture = {}
+    if workers:
+        sources = {name: {"data": str(scenes), "weight": weight} for name, weight in (("a", 2.0), ("b", 1.0))}
+        mixture = {"sources": sources, "follow_gap": {"every": 4}}
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.3}
     student = {"name": "vit_tiny_patch16_224", "kwargs": {**kwargs, "proj_drop_rate": 0.1}}
     tiny = {"class_path": "agglom.teachers.TinyTeacher"}
@@ -36,7 +41,7 @@ def config(scenes, root, workers):
             "balance": {"class_path": "agglom.balance.TeacherDropping"},
             "warmup_steps": 2,
         },
-        "data": {"data": str(scenes), "batch_size": 4, "size": 32, "val_samples": 4, "num_workers": workers},
+        "data": {"data": str(scenes), "batch_size": 4, "size": 32, "val_samples": 4, "num_workers": workers} | mixture,
         "trainer": {
             "max_steps": STEPS,
             "val_check_interval": 6,
@@ -101,6 +106,8 @@ def test_the_same_loss_curve(runs):
     whole, killed, _ = runs
     assert [row for row in curves(whole) if "train/loss" in row][-1]["step"] == str(STEPS - 1)
     assert curves(killed) == curves(whole)
+    shares = {row.get("train/sources/a/share") for row in curves(whole) if "train/loss" in row}
+    assert shares == {None} or len(shares) > 3  # those of a mixture did change
 
 
 @pytest.mark.slow
