@@ -11,7 +11,7 @@ from inspect import signature
 from typing import Any, Sequence
 
 import agglom
-from agglom.errors import UserError, nearest
+from agglom.errors import RankLost, UserError, nearest
 
 COMMANDS = {
     "fit": "train a student from a YAML file; --ckpt_path last resumes",
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(args[0], args[1:])
     except UserError as err:
         _complain(args[0], str(err))
+    except RankLost as err:
+        print(f"agglom {args[0]}: {err}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"agglom {args[0]}: interrupted", file=sys.stderr)
         sys.exit(130)

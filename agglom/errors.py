@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line, exit code 2, no traceback."""
+"""Errors that end in one line without a traceback: what a user can mend (exit code 2), and a lost rank (1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Iterable
 
 class UserError(Exception):
     """Bad input. The message names the key or path, the value, the valid set and the fix, on one line."""
+
+
+class RankLost(Exception):
+    """Another process of the job is gone, and this one can't go on. It isn't what a user has given: exit code 1."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

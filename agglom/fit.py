@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -34,7 +35,7 @@ from agglom.callbacks import (
 from agglom.checks import Invalid, check_config, locate
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
-from agglom.errors import UserError, brief
+from agglom.errors import RankLost, UserError, brief
 from agglom.overrides import CONFIG, stated
 from agglom.plan import Stage
 
@@ -161,6 +162,12 @@ class FitCLI(LightningCLI):
         except SIGTERMException as err:
             raise (self.checkpoints.stopped or err) from None
         except RuntimeError as err:
+            if self.trainer.world_size > 1 and _of_another_rank(err):
+                rank, step = self.trainer.global_rank, self.trainer.global_step
+                raise RankLost(
+                    f"rank {rank} lost another rank after step {step}; what that one said last tells why; --ckpt_path "
+                    f"last goes on from the last checkpoint ({brief(err, 120)})"
+                ) from err
             if "loading state_dict" not in str(err):
                 raise
             raise UserError(
@@ -195,6 +202,12 @@ def fit(args: Sequence[str]) -> FitCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _of_another_rank(err: RuntimeError) -> bool:
+    """Whether a collective failed because a process has gone or hangs. NCCL has classes for that, gloo only words."""
+    words = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Timed out waiting")
+    return isinstance(err, torch.distributed.DistError) or any(word in str(err) for word in words)
 
 
 def _packaged(args: Sequence[str]) -> list[str]:

@@ -3,8 +3,8 @@
 A job: `args` of fit, `log`, and optionally `kill`: [place, number, seconds]. The process kills itself with SIGKILL
 that many seconds after its step of that number has begun (place "step"; "term": with SIGTERM, at once), or while it
 writes its checkpoint of that number: with half of the file written ("half"), all of it ("written"), or at the renames
-("named", "linked"). `truncate`: a file to cut in half before. `ranks` and `port`: so many processes of a group. Prints
-how each process ended.
+("named", "linked"). `fresh`: without this file, the job starts anew. `truncate`: a file to cut in half before. `ranks`
+and `port`: so many processes of a group. Prints how each process ended.
 """
 
 import json
@@ -108,6 +108,8 @@ if __name__ == "__main__":
         if "truncate" in job:
             path = Path(job["truncate"])
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        if "fresh" in job and not Path(job["fresh"]).exists():
+            job["args"] = [arg for arg in job["args"] if arg not in ("--ckpt_path", "last")] + ["--overwrite", "true"]
         children = [start(job, rank) for rank in range(job.get("ranks", 1))]
         ended = {}
         while len(ended) < len(children):

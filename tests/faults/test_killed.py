@@ -135,6 +135,37 @@ def test_the_truncated_checkpoint_was_skipped_and_named(runs):
 
 
 @pytest.mark.slow
+def test_sixty_kills(tmp_path, scenes, one_thread):
+    """20 times by SIGKILL in the middle of a step, 20 times by SIGTERM, 20 times while a checkpoint is written."""
+    jobs, steps = [], 150
+    paths = {name: tmp_path / f"{name}.yaml" for name in ("whole", "killed")}
+    for name, path in paths.items():
+        written = config(scenes, tmp_path / name, 0)
+        written["trainer"] |= {"max_steps": steps, "val_check_interval": 40}
+        path.write_text(yaml.safe_dump(written))
+    rng = random.Random(7)
+    kills = [("step", rng.randint(1, 6), rng.uniform(0, 0.1)) for _ in range(20)]
+    kills += [("term", rng.randint(1, 4), 0) for _ in range(20)]
+    kills += [(rng.choice(["half", "written", "named", "linked"]), 1, 0) for _ in range(20)]
+    rng.shuffle(kills)
+    jobs = [{"args": ["--config", str(paths["whole"])], "log": str(tmp_path / "whole.log")}]
+    for number, kill in enumerate([*kills, None]):
+        # before the first checkpoint there is nothing to resume
+        args = ["--config", str(paths["killed"]), *(["--ckpt_path", "last"] if number else [])]
+        job = {"args": args, "log": str(tmp_path / "killed.log"), "fresh": str(checkpoint_path(tmp_path / "killed"))}
+        jobs.append({**job, **({"kill": kill} if kill else {})})
+    codes = drive(tmp_path, jobs, one_thread)
+    log = (tmp_path / "killed.log").read_text()
+    ended = ["0" if kill[0] == "term" else "-9" for kill in kills]
+    assert codes == ["0", *ended, "0"], log[-3000:]
+    assert curves(tmp_path / "killed") == curves(tmp_path / "whole")
+    states = [torch.load(checkpoint_path(tmp_path / name), weights_only=True) for name in ("whole", "killed")]
+    assert states[0]["global_step"] == steps
+    assert same(*({k: v for k, v in state.items() if k != "loops"} for state in states)) == []
+    assert not [*(tmp_path / "killed").rglob("*.tmp")]
+
+
+@pytest.mark.slow
 def test_two_ranks_go_on_with_the_same_batches_and_draws(tmp_path, scenes, one_thread):
     """Stopped by SIGTERM within step 2, they end it and resume; one rank goes on with another order, and says so."""
     jobs, last = [], checkpoint_path(tmp_path / "stopped")
