@@ -323,7 +323,7 @@ def probe(
         model: references instead of, or beside, a run (--model REF, once for each): timm:NAME, open_clip:NAME/TAG,
             tiny:NAME, or a path.
         data: shard folder; left out: the run's.
-        probes: names, separated by commas.
+        probes: names, or package.module.Class of your own, separated by commas.
         out: folder for report.json, .md and .html; left out: RUN/probes.
         train: images of the train split to use; left out: all.
         val: images of the val split to use; left out: all.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
 import yaml
 
-from agglom.errors import UserError, nearest
+from agglom.errors import UserError, brief, nearest
 from agglom.export import Exported, load
 from agglom.features import Backbone
 from agglom.teachers import CachedTeacher, Teacher, from_ref
@@ -38,10 +39,11 @@ def load_run(path: str | Path) -> Run:
     """Load a run directory with an export.
 
     Raises:
-        UserError: not a run directory, or it has no export yet.
+        UserError: not a run directory, it has no export yet, or a class of it can't be imported.
     """
     path = Path(path)
     config = read_config(path / "config.yaml")
+    _import_classes(config)
     return Run(path, config, load(path), build_teachers(config))
 
 
@@ -51,6 +53,20 @@ def read_config(path: Path) -> dict[str, Any]:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError as err:
         raise UserError(f"{path}: missing; give a run directory, as `agglom fit` leaves it") from err
+
+
+def _import_classes(value: Any) -> None:
+    """Import what a run's config names, so that the user's own students and adaptors are known when it is loaded."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        if name == "class_path" and "." in item:
+            try:
+                import_module(item.rpartition(".")[0])
+            except ImportError as err:
+                raise UserError(f"{item}: can't be imported ({brief(err)}); put its folder on PYTHONPATH") from err
+        _import_classes(item)
+    if isinstance(value, list):
+        for item in value:
+            _import_classes(item)
 
 
 def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:

@@ -28,6 +28,7 @@ from agglom.probes.segmentation_sgd import SegmentationSgdProbe
 from agglom.probes.source import Source
 from agglom.probes.towers import CachedText
 from agglom.probes.zeroshot import ZeroShotProbe
+from agglom.schema import find_class
 
 log = logging.getLogger("agglom.probes")
 
@@ -195,8 +196,16 @@ def _evaluate(
 def _build(probe: str | Probe, templates: str | Sequence[str]) -> Probe:
     if not isinstance(probe, str):
         return probe
+    if "." in probe:
+        cls = find_class(probe, Probe)
+        if cls is None or not issubclass(cls, Probe):
+            raise UserError(
+                f"probes: {probe}: {'no such class' if cls is None else 'no Probe'}; valid: package.module.Class of a "
+                "Probe; put its folder on PYTHONPATH"
+            )
+        return cls()
     if probe not in PROBES:
-        raise UserError(f"probes: {probe!r}; {nearest(probe, PROBES)}")
+        raise UserError(f"probes: {probe!r}; {nearest(probe, PROBES)}, or package.module.Class of your own")
     return PROBES[probe](**({"templates": templates} if probe == "zeroshot" else {}))
 
 

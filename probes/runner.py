@@ -53,7 +53,7 @@ def run_probes(
             through them, where a probe asks for it.
         data: shard folder or address. Its "train", "val" and "test" splits are used; a missing one is made up from
             the others (see `splits_of`), and the report says so.
-        probes: names from `measure.PROBES`, or probes.
+        probes: names from `measure.PROBES`, `package.module.Class` of other ones, or probes.
         out: folder of the report.
         student: the model that retention is computed for.
         teachers: the models it is compared with.
