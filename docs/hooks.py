@@ -1,0 +1,85 @@
+"""What mkdocs puts into pages from files that live elsewhere: recipes, the changelog, the README's results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELD = re.compile(r"^# (\w+): +(.*)$")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill the marks that a page has."""
+    for mark, fill in FILLS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, fill())
+    return markdown
+
+
+def header(text: str) -> tuple[str, dict[str, str]]:
+    """What a configuration's first comment says: its purpose, and its fields (Source, Differs, Needs, ...).
+
+    Lines of a field that look like commands keep their line breaks.
+    """
+    lines = text.split("\nseed_everything", 1)[0].splitlines()
+    lines = [line for line in lines if line.startswith("#")]
+    purpose, fields, current = lines[0].removeprefix("# "), {}, ""
+    for line in lines[1:]:
+        found = FIELD.match(line)
+        if found:
+            current, value = found.groups()
+            fields[current] = value
+        elif not current:
+            purpose += " " + line.removeprefix("#").strip()
+        else:
+            fields[current] += "\n" + line.removeprefix("#").strip()
+    return purpose, fields
+
+
+def recipes() -> str:
+    """A section for each recipe: what its header says, and the whole file to unfold."""
+    files = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+    full = [path for path in files if not path.stem.startswith("tiny_")]
+    tiny = [path for path in files if path.stem.startswith("tiny_")]
+    return "\n".join(["## In small", *map(_recipe, tiny), "## Full size", *map(_recipe, full)])
+
+
+def _recipe(path: Path) -> str:
+    text = path.read_text()
+    purpose, fields = header(text)
+    config = yaml.safe_load(text)
+    teachers = ", ".join(f"`{name}`" for name in config["model"]["teachers"]) or "none"
+    rows = [f"**{key}.** {_prose(value)}" for key, value in fields.items() if key not in ("Command", "Needs")]
+    commands = [part for key in ("Needs", "Command") for part in fields.get(key, "").splitlines()]
+    shell = [line for line in commands if line.startswith("agglom ")]
+    said = " ".join(line for line in commands if not line.startswith("agglom "))
+    if said:
+        rows.insert(0, f"**Needs.** {_prose(said)}")
+    block = "\n".join(["```bash", f"agglom check configs/recipes/{path.name}", *shell, "```"])
+    whole = "\n".join(f"    {line}".rstrip() for line in ["```yaml", *text.rstrip().splitlines(), "```"])
+    unfold = f'??? note "configs/recipes/{path.name}"\n\n{whole}'
+    return "\n\n".join([f"### {path.stem}", purpose, f"**Teachers.** {teachers}", *rows, block, unfold, ""])
+
+
+def _prose(text: str) -> str:
+    joined = " ".join(text.split())
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
+
+
+def changelog() -> str:
+    """CHANGELOG.md without its title."""
+    return (ROOT / "CHANGELOG.md").read_text().split("\n", 1)[1]
+
+
+def results() -> str:
+    """The README's results; links to files that the site hasn't got become their words."""
+    text = (ROOT / "README.md").read_text()
+    found = text.split("<!-- results -->")[1].split("<!-- /results -->")[0]
+    return re.sub(r"\[([^\]]+)\]\((?!http)[^)]+\)", r"\1", found)
+
+
+FILLS = {"<!-- recipes -->": recipes, "<!-- changelog -->": changelog, "<!-- results -->": results}
