@@ -26,6 +26,8 @@ COMMANDS = {
     "demo": "the embedded default, end to end",
 }
 
+DATA = ("scenes", "imagefolder", "coco", "ade", "voc", "csv", "verify")  # agglom data NAME
+
 # What a place on disk can have against being written to. Other OSErrors are ours and keep their traceback.
 _PLACE = (errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
@@ -39,7 +41,11 @@ def usage() -> str:
         "commands:",
     ]
     lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
-    lines += ["", "agglom COMMAND --help shows a command's options. agglom --version shows versions."]
+    lines += [
+        "",
+        "agglom COMMAND --help shows a command's options. agglom --version shows versions.",
+        "agglom --print_completion bash|zsh|fish prints what makes a shell complete all this.",
+    ]
     return "\n".join(lines)
 
 
@@ -55,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"agglom {agglom.__version__}", *(f"{name} {version(name)}" for name in ("torch", "timm", "lightning")))
         return
     try:
+        if args[0].partition("=")[0] == "--print_completion":
+            from agglom.completion import script
+
+            print(script("".join(args).partition("completion")[2].lstrip("=")))
+            return
         _run(args[0], args[1:])
     except UserError as err:
         _complain(args[0], str(err))
@@ -95,15 +106,7 @@ def _run(name: str, args: list[str]) -> None:
         commands.check(args)
         return
     if name == "data":
-        writers = {
-            "scenes": commands.data_scenes,
-            "imagefolder": commands.data_imagefolder,
-            "coco": commands.data_coco,
-            "ade": commands.data_ade,
-            "voc": commands.data_voc,
-            "csv": commands.data_csv,
-            "verify": commands.data_verify,
-        }
+        writers = {name: getattr(commands, f"data_{name}") for name in DATA}
         if not args or args[0] not in writers:
             given = args[0] if args else "nothing"
             if given in ("-h", "--help"):
@@ -156,12 +159,9 @@ def _fit(args: list[str]) -> None:
 
 def _call(function: Any, args: list[str], prog: str) -> None:
     """Parse `args` by the function's signature and docstring, then call it."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(function.__doc__ or "").split("\n")[0])
-    if "config" not in signature(function).parameters:
-        parser.add_argument("--config", action="config", help="YAML file with these options")
-    parser.add_function_arguments(function)
+    parser = command_parser(function, prog)
     try:
         values = parser.parse_args(args)
     except (ArgumentError, TypeError, ValueError) as err:
@@ -169,6 +169,17 @@ def _call(function: Any, args: list[str], prog: str) -> None:
     if "config" not in signature(function).parameters:
         values.pop("config", None)
     function(**values.as_dict())
+
+
+def command_parser(function: Any, prog: str) -> Any:
+    """jsonargparse's parser of a command's options."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(function.__doc__ or "").split("\n")[0])
+    if "config" not in signature(function).parameters:
+        parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(function)
+    return parser
 
 
 if __name__ == "__main__":
