@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GARMENTS := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: demo test lint wheel bench garments browser
+.PHONY: demo test lint wheel docs docs-build bench garments browser
 
 demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
@@ -14,8 +14,8 @@ test: $(VENV)/installed-dev $(VENV)/installed-axe garments browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread; with more threads they fight
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check agglom teachers students adaptors probes configs tests benchmarks
-	$(BIN)/ruff format --check agglom teachers students adaptors probes configs tests benchmarks
+	$(BIN)/ruff check agglom teachers students adaptors probes configs tests benchmarks docs
+	$(BIN)/ruff format --check agglom teachers students adaptors probes configs tests benchmarks docs
 	$(BIN)/mypy
 
 # About 10 minutes; numbers that mean something need a machine that does nothing else.
@@ -25,6 +25,13 @@ bench: $(VENV)/installed-dev
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py --quick --json runs/bench/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/table.py runs/bench
+
+# The documentation, at http://127.0.0.1:8000, built anew when a page changes.
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m mkdocs serve --strict
+
+docs-build: $(VENV)/installed-dev
+	$(BIN)/python -m mkdocs build --strict --site-dir site
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel_check.py
