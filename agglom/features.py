@@ -48,7 +48,8 @@ class InputSpec:
     """A model's input contract. Every model takes pixels in [0, 1] and does the rest itself.
 
     Attributes:
-        mean, std: per channel, on the [0, 1] scale.
+        mean: per channel, on the [0, 1] scale.
+        std: per channel, on the [0, 1] scale.
         size: (height, width) in pixels that images are resized to, or None when any multiple of `stride` will do.
         stride: pixels a feature-map cell covers.
         interpolation: "bilinear" or "bicubic" (antialiased) for the resize.

@@ -20,6 +20,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Notebooks' pages without the script that would load diagrams, which there are none of, from elsewhere."""
+    return re.sub(
+        r"<script[^>]*>(?:(?!</script>).)*mermaid.esm(?:(?!</script>).)*</script>", "", output, flags=re.DOTALL
+    )
+
+
 def header(text: str) -> tuple[str, dict[str, str]]:
     """What a configuration's first comment says: its purpose, and its fields (Source, Differs, Needs, ...).
 
