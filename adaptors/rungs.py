@@ -62,7 +62,9 @@ def sum_of_rungs(
 
 class _SumOfRungs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, count, piece, keep, last, last_bias, *tensors):
+    def forward(
+        ctx: Any, count: int, piece: int, keep: bool, last: Tensor, last_bias: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         rungs, weights, biases = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         rows, kept = len(rungs[0]), []
         out = last.new_zeros(rows, len(last)) if last_bias is None else last_bias.repeat(rows, 1)
@@ -77,7 +79,7 @@ class _SumOfRungs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count: int = ctx.count
         last, *saved = ctx.saved_tensors
         kept, tensors = saved[: -3 * count], saved[-3 * count :]

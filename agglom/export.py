@@ -234,7 +234,7 @@ class Exported(nn.Module):
 
     def answer(self, images: Tensor, *, blocks: int = 0, adaptors: Sequence[str] = ()) -> Answer:
         """As `forward`, with the last blocks and the spaces of these teachers out of one pass of the student."""
-        heads = {name: cast(Adaptor, self.adaptors[name].adaptor) for name in adaptors}
+        heads = {name: self.adaptors[name].adaptor for name in adaptors}
         check_images(images, self.student)
         last = self.student.tap_names[-blocks:] if blocks else ()
         wanted = {*last, *(tap for head in heads.values() for tap in head.taps)}

@@ -8,6 +8,8 @@ brings the two together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -41,6 +43,6 @@ def lower_precision(network: nn.Module) -> nn.Module:
     return network
 
 
-def _to_fp32(module: nn.Module, args: tuple) -> tuple:
+def _to_fp32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """bf16 tensor arguments of a norm -> fp32."""
     return tuple(x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args)

@@ -120,7 +120,7 @@ class TorchTeacher(Teacher):
             return tokens.unflatten(2, (side, side))
         return spatial
 
-    def _discover(self, asked: Size, mean: tuple, std: tuple, interpolation: str) -> None:
+    def _discover(self, asked: Size, mean: tuple[float, ...], std: tuple[float, ...], interpolation: str) -> None:
         """Widths and stride, read off a dry run (at 224 pixels where any size is taken)."""
         free = asked is None or asked == "any"
         size = (224, 224) if free else pair(asked)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Builds the wheel and uses it from outside the checkout: `make wheel`.
+"""Builds wheel and source distribution and uses them from outside the checkout: `make wheel`.
 
 The wheel goes into a folder of its own, found before anything else; dependencies come from the running environment,
 whose editable install of the checkout is switched off.
@@ -57,6 +57,7 @@ def main() -> None:
         run(*pip, "wheel", "--no-deps", *isolation, "--wheel-dir", str(wheels), str(source))
         (wheel,) = wheels.glob("*.whl")
         files = set(zipfile.ZipFile(wheel).namelist())
+        sdist = _sdist(source, temporary, pip, isolation, files)
         wanted = [f"agglom/{p.relative_to(source).as_posix()}" for p in (source / "configs").rglob("*.*")]
         wanted += [f"agglom/teachers/tiny/{name}.safetensors" for name in ("clip", "dino", "sam")] + ["agglom/py.typed"]
         missing = [path for path in wanted if path not in files]
@@ -68,7 +69,21 @@ def main() -> None:
         seconds = min(_help(target, temporary, env) for _ in range(3))
         if seconds >= 1:
             sys.exit(f"wheel_check: agglom --help takes {seconds:.2f} s; valid: below 1 s")
-        print(f"ok: {wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB, {modules} modules, --help in {seconds:.2f} s")
+        sizes = ", ".join(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB" for path in (wheel, sdist))
+        print(f"ok: {sizes}; {modules} modules, --help in {seconds:.2f} s")
+
+
+def _sdist(source: Path, temporary: Path, pip: tuple[str, ...], isolation: list[str], files: set[str]) -> Path:
+    """The source distribution, once the wheel that is built from it alone has the very files of the other."""
+    out, again = temporary / "sdist", temporary / "again"
+    how = ["--no-isolation"] if isolation else []
+    run(sys.executable, "-m", "build", "--sdist", *how, "--outdir", str(out), str(source))
+    (sdist,) = out.glob("*.tar.gz")
+    run(*pip, "wheel", "--no-deps", *isolation, "--wheel-dir", str(again), str(sdist))
+    (wheel,) = again.glob("*.whl")
+    if differ := files ^ set(zipfile.ZipFile(wheel).namelist()):
+        sys.exit(f"wheel_check: the wheel from the source distribution differs in {sorted(differ)[:8]}")
+    return sdist
 
 
 def _help(target: Path, cwd: Path, env: dict[str, str]) -> float:

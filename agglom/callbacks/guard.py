@@ -78,7 +78,7 @@ class Guard(pl.Callback):
         self._unread[-1]["keys"] += batch["key"]
 
     def _buffers(self) -> list[Tensor]:
-        return [cast(Tensor, x) for module, name in self._statistics if (x := module._buffers[name]) is not None]
+        return [x for module, name in self._statistics if (x := module._buffers[name]) is not None]
 
     def see(self, loss: Tensor, targets: Mapping[str, Features], terms: Mapping[str, Tensor]) -> Tensor:
         """A micro-batch's loss, and what it was made of; returns a loss whose gradient is finite only where it is.
