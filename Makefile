@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GARMENTS := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: demo test lint wheel docs docs-build bench garments browser
+.PHONY: demo test lint wheel docs docs-build minimum bench garments browser
 
 demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
@@ -14,8 +14,8 @@ test: $(VENV)/installed-dev $(VENV)/installed-axe garments browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread; with more threads they fight
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check agglom teachers students adaptors probes configs tests benchmarks docs
-	$(BIN)/ruff format --check agglom teachers students adaptors probes configs tests benchmarks docs
+	$(BIN)/ruff check agglom teachers students adaptors probes configs tests benchmarks docs/*.py
+	$(BIN)/ruff format --check agglom teachers students adaptors probes configs tests benchmarks docs/*.py
 	$(BIN)/mypy
 
 # About 10 minutes; numbers that mean something need a machine that does nothing else.
@@ -35,6 +35,10 @@ docs-build: $(VENV)/installed-dev
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python tests/wheel_check.py
+
+# The lowest versions that pyproject.toml declares (torch aside), in .venv-minimum, under a quick part of the tests.
+minimum: $(VENV)/installed-dev
+	$(BIN)/python tests/minimum.py .venv-minimum
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
