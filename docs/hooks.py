@@ -4,12 +4,39 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 FIELD = re.compile(r"^# (\w+): +(.*)$")
+
+
+def on_config(config: Any) -> Any:
+    """Leave out pages of the navigation that aren't written yet; a page that it doesn't name goes into the guide."""
+    there = {path.relative_to(HERE).as_posix() for path in HERE.rglob("*") if path.suffix in (".md", ".ipynb")}
+    config.nav = _existing(config.nav, there)
+    guide = next(entry["Guide"] for entry in config.nav if "Guide" in entry)
+    guide += sorted(there - set(_named(config.nav)))
+    return config
+
+
+def _existing(nav: list[Any], there: set[str]) -> list[Any]:
+    kept = []
+    for entry in nav:
+        title, target = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
+        if isinstance(target, list):
+            kept.append({title: _existing(target, there)})
+        elif target in there:
+            kept.append(entry)
+    return kept
+
+
+def _named(nav: list[Any]) -> Iterator[str]:
+    for entry in nav:
+        target = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from _named(target) if isinstance(target, list) else (target,)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
