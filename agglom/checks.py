@@ -17,6 +17,7 @@ from agglom.errors import UserError, brief, nearest
 from agglom.plan import Partition, Stage
 from agglom.plan import problems as plan_problems
 from agglom.schema import find_class, problems, signature_problems
+from agglom.yaml_files import check_interpolations, parse, read_text
 
 
 class Invalid(UserError):
@@ -79,16 +80,12 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         UserError: missing, not YAML, not a mapping, or an interpolation that can't be resolved.
     """
-    path = locate(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree, raw = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise UserError(f"not YAML: {brief(err)}; mend the file") from err
+    raw, tree = parse(read_text(locate(path)))
     if not isinstance(raw, dict):
         raise UserError(
             f"holds {'nothing' if raw is None else type(raw).__name__}; valid: a mapping with model, data and trainer"
         )
+    check_interpolations(raw)
     from omegaconf import OmegaConf
 
     try:

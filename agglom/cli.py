@@ -164,7 +164,7 @@ def _call(function: Any, args: list[str], prog: str) -> None:
     parser = command_parser(function, prog)
     try:
         values = parser.parse_args(args)
-    except (ArgumentError, TypeError, ValueError) as err:
+    except (ArgumentError, TypeError, ValueError, RecursionError) as err:
         raise UserError(" ".join(str(err).split()) + f"; {prog} --help lists the options") from err
     if "config" not in signature(function).parameters:
         values.pop("config", None)
@@ -173,9 +173,9 @@ def _call(function: Any, args: list[str], prog: str) -> None:
 
 def command_parser(function: Any, prog: str) -> Any:
     """jsonargparse's parser of a command's options."""
-    from jsonargparse import ArgumentParser
+    from agglom.parsing import parser as create
 
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(function.__doc__ or "").split("\n")[0])
+    parser = create(prog=prog, description=(function.__doc__ or "").split("\n")[0])
     if "config" not in signature(function).parameters:
         parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function)

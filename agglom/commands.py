@@ -246,8 +246,9 @@ def data_verify(data: str, clean: str | None = None, workers: int | None = None)
 
     Args:
         data: shard folder, or an address of one.
-        clean: new folder for an index of what is good. Shards without a bad sample stay where they are and are named
-            by their full path; the others are written anew there, without the bad ones. Nothing of `data` is changed.
+        clean: new folder for an index of what is good. Shards without a bad sample are linked into it (remote ones
+            named by their address); the others are written anew there, without the bad ones. Nothing of `data` is
+            changed.
         workers: processes; left out: one a core.
     """
     from agglom.data.verify import verify

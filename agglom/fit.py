@@ -38,6 +38,7 @@ from agglom.distiller import Distiller
 from agglom.errors import RankLost, UserError, brief
 from agglom.overrides import CONFIG, stated
 from agglom.plan import Stage
+from agglom.schema import denied_classes
 
 # What an unconfigured run does; every value can be set in the YAML.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -188,7 +189,9 @@ def fit(args: Sequence[str]) -> FitCLI:
     _quieten()
     args = _packaged(args)
     if not any(arg.endswith("help") or arg == "-h" or arg.startswith("--print_") for arg in args):
-        _, lines = stated(args)  # missing files, broken YAML and repeated keys, which a parser doesn't see or tell well
+        # missing files, broken YAML and repeated keys, which a parser doesn't see or tell well
+        config, lines = stated(args)
+        lines += denied_classes(config)
         if lines:
             raise Invalid(lines)
     return FitCLI(

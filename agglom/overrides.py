@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Sequence
 
-import yaml
-
 from agglom.checks import numbers, read_yaml
 from agglom.errors import UserError
+from agglom.yaml_files import parse
 
 CONFIG = ("-c", "--config")
 
@@ -46,8 +45,8 @@ def stated(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _value(text: str) -> Any:
     try:
-        return numbers(yaml.safe_load(text))
-    except yaml.YAMLError:
+        return numbers(parse(text)[0])
+    except UserError:
         return text
 
 

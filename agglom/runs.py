@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
-
-import yaml
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 from agglom.errors import UserError, brief, nearest
 from agglom.export import Exported, load
 from agglom.features import Backbone
+from agglom.schema import problems, signature_problems
 from agglom.teachers import CachedTeacher, Teacher, from_ref
+from agglom.yaml_files import parse, read_text
 
 if TYPE_CHECKING:
     from agglom.distiller import Distiller
@@ -48,11 +48,21 @@ def load_run(path: str | Path) -> Run:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's resolved YAML."""
+    """A run's resolved YAML.
+
+    Raises:
+        UserError: missing, not YAML, or without the sections of a run.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: missing; give a run directory, as `agglom fit` leaves it")
     try:
-        return yaml.safe_load(path.read_text())
-    except FileNotFoundError as err:
-        raise UserError(f"{path}: missing; give a run directory, as `agglom fit` leaves it") from err
+        config = parse(read_text(path))[0]
+    except UserError as err:
+        raise UserError(f"{path}: {err}") from err
+    sections = [config.get(key) if isinstance(config, dict) else None for key in ("model", "data")]
+    if not all(isinstance(section, dict) for section in sections) or not isinstance(sections[0].get("teachers"), dict):
+        raise UserError(f"{path}: no configuration of a run (model with teachers, and data); give a run directory")
+    return config
 
 
 def _import_classes(value: Any) -> None:
@@ -71,14 +81,14 @@ def _import_classes(value: Any) -> None:
 
 def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:
     """The encoders of a run's config, without student or data."""
-    from jsonargparse import ArgumentParser
+    from agglom.parsing import parser
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--encoder", type=Teacher)
+    entries = parser()
+    entries.add_argument("--encoder", type=Teacher)
     built = {}
     for name, entry in config["model"]["teachers"].items():
-        parsed = parser.parse_object({"encoder": entry["encoder"]})
-        encoder = parser.instantiate(parsed).encoder
+        _refuse(problems(f"model.teachers.{name}.encoder", entry["encoder"], Teacher))
+        encoder = entries.instantiate(entries.parse_object({"encoder": entry["encoder"]})).encoder
         built[name] = encoder.original() if isinstance(encoder, CachedTeacher) else encoder
     return built
 
@@ -94,13 +104,19 @@ def resolve(ref: str) -> Backbone:
 
 def build_distiller(config: dict[str, Any]) -> Distiller:
     """The training module of a run's config, with fresh weights."""
-    from jsonargparse import ArgumentParser
-
     from agglom.distiller import Distiller
+    from agglom.parsing import parser
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Distiller, "model")
-    return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+    _refuse(signature_problems("model", config["model"], Distiller))
+    whole = parser()
+    whole.add_class_arguments(Distiller, "model")
+    return whole.instantiate(whole.parse_object({"model": config["model"]})).model
+
+
+def _refuse(problems: Iterator[str]) -> None:
+    """A run's own file was checked before it was trained; a run of somebody else's may hold anything."""
+    if line := next(problems, None):
+        raise UserError(f"config.yaml: {line}")
 
 
 def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = None) -> Path:

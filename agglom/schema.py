@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, Iterator, Literal, Mapping
 
 from agglom.errors import nearest
+from agglom.parsing import denied, parser
 
 _UNION = (typing.Union, types.UnionType)
 
@@ -24,6 +25,7 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
     """One line for each way in which `value`, found under `key`, does not fit `kind`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is inspect.Parameter.empty:
+        yield from _plain(key, value)
         return
     if origin in _UNION:
         if value is None and type(None) in arguments:
@@ -64,15 +66,35 @@ def signature_problems(key: str, value: Any, callable_: Any, *, given: int = 0) 
 
 
 def find_class(path: str, base: type) -> type | None:
-    """The class a class_path names: a dotted path, or the bare name of an imported subclass of `base`; else None."""
+    """The class a class_path names: a dotted path, or the bare name of an imported subclass of `base`; else None.
+
+    A dotted path is imported to see what it is, unless `agglom.parsing` forbids it.
+    """
     module, _, name = path.rpartition(".")
     if not module:
         return {cls.__name__: cls for cls in [base, *_subclasses(base)]}.get(name)
+    if denied(path) or not all(part.isidentifier() for part in path.split(".")):
+        return None
     try:
         found = getattr(import_module(module), name, None)
-    except ImportError:
+    except (Exception, SystemExit):  # noqa: BLE001  whatever a module does when it is imported
         return None
     return found if inspect.isclass(found) else None
+
+
+def denied_classes(config: Any, key: str = "") -> list[str]:
+    """A line for each class_path anywhere in plain data that must not even be imported, as every parser does."""
+    if isinstance(config, list):
+        return [line for number, item in enumerate(config) for line in denied_classes(item, f"{key}.{number}")]
+    if not isinstance(config, Mapping):
+        return []
+    path = config.get("class_path")
+    lines = [
+        line for name, item in config.items() for line in denied_classes(item, f"{key}.{name}" if key else str(name))
+    ]
+    if isinstance(path, str) and denied(path):
+        lines.append(f"{key}.class_path: {path}: not to be named by a configuration; take a class made for this place")
+    return lines
 
 
 def _instance(key: str, value: Any, base: type, *, given: int) -> Iterator[str]:
@@ -85,14 +107,27 @@ def _instance(key: str, value: Any, base: type, *, given: int) -> Iterator[str]:
         yield f"{key}.{name}: unknown key; valid: class_path, init_args (options belong under init_args)"
     cls = find_class(str(entry["class_path"]), base)
     if cls is None or not issubclass(cls, base):
-        prefix = str(entry["class_path"]).rpartition(".")[0]
+        forbidden = denied(str(entry["class_path"]))
+        prefix = "" if forbidden else str(entry["class_path"]).rpartition(".")[0]
         valid = {
             f"{prefix}.{c.__name__}" if prefix else c.__name__ for c in _subclasses(base) if not inspect.isabstract(c)
         }
         reason = "unknown class" if cls is None else f"no {base.__name__}"
+        if forbidden:
+            reason = "not to be named by a configuration"
         yield f"{key}.class_path: {entry['class_path']}: {reason}; {nearest(str(entry['class_path']), valid)}; take one"
         return
     yield from _arguments(f"{key}.init_args", entry.get("init_args") or {}, cls, given=given)
+
+
+def _plain(key: str, value: Any) -> Iterator[str]:
+    """Options of plain values build nothing."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        yield f"{key}.class_path: {_show(value['class_path'])}; valid: plain values, no classes; remove it"
+        return
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _plain(f"{key}.{name}", item)
 
 
 def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Iterator[str]:
@@ -116,12 +151,10 @@ def _arguments(key: str, value: Any, callable_: Any, *, given: int = 0) -> Itera
 
 
 def _parses(value: Any, kind: Any) -> bool:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=kind)
+    one = parser()
+    one.add_argument("--value", type=kind)
     try:
-        parser.parse_object({"value": value})
+        one.parse_object({"value": value})
     except Exception:  # noqa: BLE001  whatever it raises means: no
         return False
     return True

@@ -8,13 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-import yaml
-
 from agglom.probes import wording as w
 from agglom.probes.markdown import clean, grid
 from agglom.probes.page import Section, cell, page, table, text
 from agglom.probes.scores import Row, score_table
 from agglom.probes.sections import headline, key, radar_of
+from agglom.yaml_files import parse, read_text
 
 ABOUT = "The student's metric, and under it the share of the best teacher's."
 RESULTS = ("chosen", "chance", "at_edge", "warning")  # what a probe found, not how it looked
@@ -38,7 +37,7 @@ class Run:
     def of(cls, report: dict[str, Any], where: Path) -> Run:
         """Read the recipe of a report in `where`."""
         config = where.parent / "config.yaml"
-        recipe = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        recipe = parse(read_text(config))[0] if config.is_file() else {}
         return cls(str(where.parent if where.name == "probes" else where), report, recipe or {})
 
 

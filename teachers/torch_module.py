@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
+import typing
 from typing import Any, Literal, Mapping
 
 import torch
@@ -32,8 +34,8 @@ class TorchTeacher(Teacher):
     An import path runs its package's code, and a TorchScript file is a program too: load only what you trust.
 
     Args:
-        module: "package.module:factory" (a class, or a function that returns a module), a TorchScript file,
-            or a module.
+        module: "package.module:factory" (a module's class, or a function annotated to return one, `-> nn.Module`, as
+            nothing else is called on a configuration's word), a TorchScript file, or a module.
         kwargs: arguments for the factory.
         input_size: pixels, one side or (height, width). None or "any": images keep their size, any multiple of the
             stride.
@@ -156,12 +158,20 @@ def load_module(module: str | nn.Module, kwargs: dict[str, Any], who: str) -> nn
         except Exception as error:
             raise UserError(f"{who}: not a TorchScript file ({brief(error)}); save it with torch.jit.save") from error
     path, _, attribute = module.partition(":") if ":" in module else module.rpartition(".")
+    from agglom.parsing import denied
+
+    if denied(f"{path}.{attribute}"):
+        raise UserError(f"{who}: not to be named by a configuration; valid: package.module:factory of yours, FILE.pt")
     try:
         factory = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{who}: no such file or import ({brief(error)}); valid: package.module:factory, FILE.pt"
         ) from error
+    if not _gives_module(factory):
+        raise UserError(
+            f"{who}: no class of modules and no function that says it returns one; annotate it -> nn.Module"
+        )
     try:
         built = factory(**kwargs)
     except Exception as error:
@@ -169,6 +179,16 @@ def load_module(module: str | nn.Module, kwargs: dict[str, Any], who: str) -> nn
     if not isinstance(built, nn.Module):
         raise UserError(f"{who}: {module} gives a {type(built).__name__}; it must give a torch.nn.Module")
     return built
+
+
+def _gives_module(factory: Any) -> bool:
+    """A class of modules, or a function whose annotation promises one."""
+    if not inspect.isclass(factory):
+        try:
+            factory = typing.get_type_hints(factory).get("return")
+        except Exception:  # noqa: BLE001  no function, or annotations that name nothing
+            return False
+    return inspect.isclass(factory) and issubclass(factory, nn.Module)
 
 
 def _indexed(out: Any) -> dict[Any, Any]:

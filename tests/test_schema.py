@@ -1,7 +1,7 @@
 """Plain values against types: all problems at once, each under its full key."""
 
 from dataclasses import dataclass
-from typing import Callable, Literal
+from typing import Any, Callable, Literal
 
 import pytest
 
@@ -58,7 +58,9 @@ def test_what_fits(value, kind):
             ["key.eps: unknown key; valid: class_path, init_args"],
         ),
         (7, Callable[[], Loss], ["key: 7; valid: a mapping with class_path"]),
-        ("collections.OrderedDict", Callable[[], Loss], ["key.class_path: collections.OrderedDict: no Loss"]),
+        ("torch.nn.Linear", Callable[[], Loss], ["key.class_path: torch.nn.Linear: no Loss"]),
+        ("os.system", Callable[[], Loss], ["key.class_path: os.system: not to be named by a configuration"]),
+        ({"a": [{"class_path": "torch.nn.Linear"}]}, dict[str, Any], ["key.a.0.class_path: 'torch.nn.Linear'; valid"]),
     ],
 )
 def test_what_does_not(value, kind, starts):

@@ -71,8 +71,9 @@ class CacheIndex:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, shard: str) -> Path:
-        """The file of a shard's features."""
-        return Path(self.root) / f"{shard.rpartition('.')[0] or shard}.safetensors"
+        """The file of a shard's features, by the last part of the shard's name: none lies outside of the folder."""
+        name = shard.rpartition("/")[2]
+        return Path(self.root) / f"{name.rpartition('.')[0] or name}.safetensors"
 
     def missing(self) -> list[str]:
         """Shards that have no features yet."""
@@ -123,6 +124,8 @@ def read_cache_index(root: str | Path) -> CacheIndex:
         raise UserError(f"{path}: not a feature cache of version {VERSION}; write it again")
     try:
         body["splits"] = {split: tuple(names) for split, names in body["splits"].items()}
+        if wrong := [name for names in body["splits"].values() for name in names if not isinstance(name, str)]:
+            raise TypeError(f"shard {wrong[0]!r:.40} is not a name")
         return CacheIndex(root=os.fspath(root), **body)
     except (KeyError, TypeError, AttributeError) as err:
         raise UserError(f"{path}: broken ({err}); write the cache again") from err

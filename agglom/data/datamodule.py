@@ -54,7 +54,7 @@ class ShardDataModule(LightningDataModule):
     shuffle buffer held; it takes about a second a million samples that the reader has drawn.
 
     Args:
-        data: shard folder, or an address (`s3://`, `gs://`, `https://`, `pipe:`), written by `agglom data ...`.
+        data: shard folder, or an address (`s3://`, `gs://`, `https://`, ...), written by `agglom data ...`.
         batch_size: samples a batch (per rank).
         size: height and width of the images, in pixels.
         train_split: split to train on.

@@ -15,12 +15,14 @@ import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Mapping, NamedTuple, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
+from agglom.data.addresses import is_remote, join, open_read, refuse_address, refuse_listed
 from agglom.errors import UserError, nearest
 
 FORMAT, VERSION = "agglom-shards", 1
 INDEX_NAME = "index.json"
+MAX_BYTES = 1 << 26  # of an index: a million shards
 
 # field of a decoded sample -> extensions it is stored under; a sample key holds no dot, so the first one ends it
 EXTENSIONS: dict[str, tuple[str, ...]] = {
@@ -84,33 +86,6 @@ class Index:
         return join(self.root, shard.file)
 
 
-def is_remote(address: str) -> bool:
-    """True for `pipe:COMMAND` and `scheme://...`, false for a path on this machine."""
-    return address.startswith("pipe:") or ("://" in address and not address.startswith("file://"))
-
-
-def join(root: str, file: str) -> str:
-    """The address of `file` under `root`. A `pipe:` root has `{}` for the file: `pipe:aws s3 cp s3://b/d/{} -`."""
-    if is_remote(file) or os.path.isabs(file):
-        return file
-    if root.startswith("pipe:"):
-        return root.replace("{}", file)
-    return f"{root.rstrip('/')}/{file}" if is_remote(root) else os.path.join(root.removeprefix("file://"), file)
-
-
-def open_read(address: str) -> IO[bytes]:
-    """Open a local path, a `pipe:` command (webdataset) or any address that fsspec knows, for reading bytes."""
-    if address.startswith("pipe:"):
-        from webdataset.gopen import gopen  # reads the exit status of the command, which a bare Popen forgets
-
-        return gopen(address)
-    if not is_remote(address):
-        return open(address, "rb")
-    import fsspec
-
-    return fsspec.open(address, "rb").open()
-
-
 def write_index(
     root: Path | str,
     splits: Mapping[str, Sequence[ShardInfo]],
@@ -171,19 +146,24 @@ def read_index(root: Path | str, *, check_files: bool = True) -> Index:
     """Read the index of a shard folder and check that its shards are there.
 
     Args:
-        root: a folder, or an address that fsspec or webdataset can open (`s3://`, `gs://`, `https://`, `pipe:`).
+        root: a folder, or an address (`agglom.data.addresses`).
         check_files: False reads the index alone.
 
     Raises:
-        UserError: no such folder, no index, not an index, or shards that are missing or empty on disk.
+        UserError: an address that isn't read, no such folder, no index, not an index, or shards that are missing or
+            empty on disk.
     """
     root = os.fspath(root)
+    refuse_address(root)
     address = join(root, INDEX_NAME)
     if not is_remote(root) and not os.path.isdir(root.removeprefix("file://")):
         raise UserError(f"{root}: no such shard folder; write one with `agglom data ... --out {root}`")
     try:
         with open_read(address) as stream:
-            body = json.loads(stream.read())
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        body = json.loads(data)
         json.dumps(body, ensure_ascii=False).encode()  # refuses lone surrogates, which no terminal takes
     except FileNotFoundError as err:
         raise UserError(
@@ -238,7 +218,10 @@ def _parse(root: str, address: str, body: Any) -> Index:
         splits = _typed(body, "splits", dict)
         return Index(
             root=root,
-            splits={split: tuple(map(_shard, _typed(entry, "shards", list))) for split, entry in splits.items()},
+            splits={
+                split: tuple(_shard(root, shard) for shard in _typed(entry, "shards", list))
+                for split, entry in splits.items()
+            },
             fields={split: _names(entry, "fields") for split, entry in splits.items()},
             classes=_names(body, "classes") if body.get("classes") is not None else None,
             seg_classes=_names(body, "seg_classes") if body.get("seg_classes") is not None else None,
@@ -269,13 +252,11 @@ def _names(entry: Any, key: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _shard(entry: Any) -> ShardInfo:
+def _shard(root: str, entry: Any) -> ShardInfo:
     file, count = _typed(entry, "file", str), _typed(entry, "count", int)
     if not 0 <= count < 1 << 40:
         raise ValueError(f"count {count!r:.40} of {file!r:.80}; valid: 0 or more samples")
-    # an index comes with the data; only whoever names the data may name commands
-    if not file.isprintable() or not file or file.startswith("pipe:"):
-        raise ValueError(f"file {file!r:.80}; valid: a path or an address")
+    refuse_listed(file, root)
     return ShardInfo(file, count)
 
 

@@ -15,6 +15,11 @@ from webdataset.tariterators import base_plus_ext
 from agglom.data.faults import Fault
 
 MAX_BYTES = 1 << 30  # of one file in a tar: a header may claim anything, and a compressed tar may keep the promise
+MAX_HEADER = 1 << 20  # of a file's long name and attributes
+_ABOUT_THE_NEXT = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own notes
 
 
@@ -89,6 +94,17 @@ _BROKEN = (
 )
 
 
+class _Info(tarfile.TarInfo):
+    """Long names and attributes are read before anybody sees them, so their size is bounded here."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Info:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _ABOUT_THE_NEXT and info.size > MAX_HEADER:
+            raise tarfile.InvalidHeaderError(f"a header of {info.size} bytes")  # type: ignore[attr-defined]
+        return info
+
+
 class _Headers:
     """What tarfile reads headers with. It ends quietly at a damaged one; this remembers what ended it."""
 
@@ -97,7 +113,7 @@ class _Headers:
 
     def fromtarfile(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         try:
-            return tarfile.TarInfo.fromtarfile(tar)
+            return _Info.fromtarfile(tar)
         except tarfile.HeaderError as err:
             self.end = err
             raise

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from agglom.data.addresses import open_read
 from agglom.data.crops import MultiCrop
 from agglom.data.faults import KINDS, BadSample, Fault, printable
-from agglom.data.index import Index, ShardInfo, open_read, read_index
+from agglom.data.index import Index, ShardInfo, read_index
 from agglom.data.pictures import Broken
 from agglom.data.ranks import Slot, distributed, slot_of
 from agglom.data.reading import ShardReader

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
+from agglom.data.addresses import is_remote, open_read
 from agglom.data.faults import Fault, printable
-from agglom.data.index import INDEX_NAME, Index, ShardInfo, is_remote, open_read, read_index, write_index
+from agglom.data.index import INDEX_NAME, Index, ShardInfo, read_index, write_index
 from agglom.data.processes import spread
 from agglom.data.reading import ShardReader
 from agglom.data.samples import sample_faults
@@ -78,8 +79,8 @@ def verify(
 
     Args:
         root: shard folder or address.
-        clean: a new folder, for an index of what is good. Shards without a bad sample stay where they are, and the
-            index names them by their full path; the others are written anew without the bad ones.
+        clean: a new folder, for an index of what is good. Shards without a bad sample stay where they are and are
+            linked into it (remote ones named by their address); the others are written anew without the bad ones.
         workers: processes; None: one a core.
         tell: called with each fault when it is found.
 
@@ -192,15 +193,28 @@ def _keep(index: Index, shard: ShardInfo, checked: Checked, out: Path, taken: se
     """The shard where it is, or without its bad samples in the new folder."""
     url = index.url(shard)
     whole = all(checked.good) and not any(finding.kind in CUT for finding in checked.findings)
-    if whole and not url.startswith("pipe:"):
-        place = url if is_remote(url) else os.path.abspath(url.removeprefix("file://"))
-        return ShardInfo(place, len(checked.keys))
+    if whole and is_remote(url) and not url.startswith("pipe:"):
+        return ShardInfo(url, len(checked.keys))
     name = shard.file.rpartition("/")[2]  # feature caches know it by this
-    return write_encoded(
-        out / (name if name not in taken else shard.file.replace("/", "_").replace(":", "_")),
-        _good_samples(url, checked),
-        format=tarfile.PAX_FORMAT,
-    )
+    name = name if name not in taken else shard.file.replace("/", "_").replace(":", "_")
+    if whole and not is_remote(url):
+        _link(url.removeprefix("file://"), out / name)
+        return ShardInfo(name, len(checked.keys))
+    return write_encoded(out / name, _good_samples(url, checked), format=tarfile.PAX_FORMAT)
+
+
+def _link(shard: str, name: Path) -> None:
+    """A second name of a shard: an index names nothing outside of its folder."""
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(os.path.realpath(shard), name)
+        except FileExistsError:
+            raise
+        except OSError:  # on another disk, or where there are no such links
+            os.symlink(os.path.realpath(shard), name)
+    except OSError as err:
+        raise UserError(f"{name}: can't be written ({err.strerror or err}); choose another --clean") from err
 
 
 def _good_samples(url: str, checked: Checked) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:

@@ -14,7 +14,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequenc
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from agglom.data.index import INDEX_NAME, ShardInfo, is_remote, read_index, write_index
+from agglom.data.addresses import is_remote
+from agglom.data.index import INDEX_NAME, ShardInfo, read_index, write_index
 from agglom.data.processes import spread
 from agglom.data.shards import write_shard
 from agglom.errors import UserError

@@ -10,7 +10,8 @@ from mmengine.fileio import BaseStorageBackend, register_backend
 from mmseg.datasets import BaseSegDataset
 from webdataset.tariterators import base_plus_ext
 
-from agglom.data.index import EXTENSIONS, Index, is_remote, read_index
+from agglom.data.addresses import is_remote
+from agglom.data.index import EXTENSIONS, Index, read_index
 from agglom.data.samples import check_fields
 from agglom.errors import UserError, brief
 from agglom.mmseg.registry import DATASETS

@@ -309,7 +309,7 @@ def test_fields_are_checked_before_anything_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("root", ["pipe:cat {dir}/{{}}", "file://{dir}", "memory://shards"])
-def test_other_addresses(tmp_path, root):
+def test_other_addresses(tmp_path, other_addresses, root):
     make(tmp_path, [3, 2])
     if root.startswith("memory"):
         fsspec = pytest.importorskip("fsspec")
@@ -319,7 +319,7 @@ def test_other_addresses(tmp_path, root):
     assert len(set(keys(eval_stream(root, "train")))) == 5
 
 
-def test_a_pipe_that_fails(tmp_path):
+def test_a_pipe_that_fails(tmp_path, other_addresses):
     with pytest.raises(UserError) as err:
         read_index(f"pipe:cat {tmp_path}/{{}} 2>/dev/null")
     one_line(err, "index.json")

@@ -40,6 +40,14 @@ class Net(nn.Module):
         }[self.shape]
 
 
+def make(shape: str = "pair") -> Net:
+    return Net(shape)
+
+
+def number() -> nn.Module:
+    return 3
+
+
 def build(shape: str, **options) -> TorchTeacher:
     torch.manual_seed(0)
     return TorchTeacher(module=Net(shape), mean=(0, 0, 0), std=(1, 1, 1), **options)
@@ -54,7 +62,7 @@ def images() -> torch.Tensor:
 def package(monkeypatch):
     """An importable module with a class, a factory and something else."""
     module = types.ModuleType("somebodys_models")
-    module.Net, module.make, module.number = Net, lambda shape="pair": Net(shape), lambda: 3
+    module.Net, module.make, module.number, module.silent = Net, make, number, lambda: Net()
     monkeypatch.setitem(sys.modules, "somebodys_models", module)
 
 
@@ -159,7 +167,12 @@ def test_outputs_that_cannot_be_sorted(shape, options, message):
         ("somebodys_models:mak", {}, "no such file or import .*mak"),
         ("somebodys_models:number", {}, "gives a int; it must give a torch.nn.Module"),
         ("somebodys_models:make", {"depth": 3}, "failed: .*depth"),
+        ("somebodys_models:silent", {}, "no function that says it returns one; annotate it -> nn.Module"),
+        ("somebodys_models:torch", {}, "no such file or import"),
         ("weights.pt", {}, "no such file or import"),
+        ("os:system", {"command": "touch evil"}, "not to be named by a configuration"),
+        ("torch.hub:load", {"repo_or_dir": "x", "model": "y"}, "not to be named by a configuration"),
+        ("numpy:array", {"object": 1}, "no class of modules"),
     ],
 )
 def test_modules_that_cannot_be_had(package, module, kwargs, message):
