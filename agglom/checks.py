@@ -13,6 +13,7 @@ from typing import Any, Iterator
 import yaml
 
 from agglom.cache.check import cache_problems
+from agglom.data.faults import printable
 from agglom.errors import UserError, brief, nearest
 from agglom.plan import Partition, Stage
 from agglom.plan import problems as plan_problems
@@ -46,15 +47,22 @@ def check_file(path: str | Path) -> list[str]:
     try:
         config, repeated = read_yaml(path)
     except UserError as err:
-        return [str(err)]
-    return [*repeated, *check_config(config)]
+        return [printable(str(err))]
+    return [*map(printable, repeated), *check_config(config)]
 
 
 def check_config(config: dict[str, Any]) -> list[str]:
     """Problems of a whole configuration as plain data: first its structure, then what the values mean together."""
     found = list(_structure(config))
-    found += [line for line in _meaning(config) if line.split(":")[0] not in {old.split(":")[0] for old in found}]
-    return found
+    broken = bool(found)
+    try:
+        for line in _meaning(config):
+            if line.split(":")[0] not in {old.split(":")[0] for old in found}:
+                found.append(line)
+    except Exception:  # values of any kind, which have had their line
+        if not broken:
+            raise
+    return list(map(printable, found))
 
 
 def locate(path: str | Path) -> Path:

@@ -162,6 +162,7 @@ def _call(function: Any, args: list[str], prog: str) -> None:
     from jsonargparse import ArgumentError
 
     parser = command_parser(function, prog)
+    _bounded(args)
     try:
         values = parser.parse_args(args)
     except (ArgumentError, TypeError, ValueError, RecursionError) as err:
@@ -180,6 +181,22 @@ def command_parser(function: Any, prog: str) -> Any:
         parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(function)
     return parser
+
+
+def _bounded(args: list[str]) -> None:
+    """Refuse files of options that a parser would never be done with."""
+    from pathlib import Path
+
+    from agglom.yaml_files import parse, read_text
+
+    for place, arg in enumerate(args):
+        option, given, path = arg.partition("=")
+        path = path if given else (args[place + 1] if place + 1 < len(args) else "")
+        if option == "--config" and Path(path).is_file():
+            try:
+                parse(read_text(Path(path)))
+            except UserError as err:
+                raise UserError(f"{path}: {err}") from err
 
 
 if __name__ == "__main__":

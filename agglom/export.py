@@ -337,7 +337,17 @@ def load(path: str | Path) -> Exported:
         folder = folder / "export"
     about = _read_json(folder / "agglom.json")
     if about.get("format") != FORMAT:
-        raise UserError(f"{folder / 'agglom.json'}: format {about.get('format')}; valid: {FORMAT}; export it again")
+        raise UserError(f"{folder / 'agglom.json'}: format {about.get('format')!r:.40}; valid: {FORMAT}; export again")
+    try:
+        return _load(folder, about)
+    except UserError:
+        raise
+    except Exception as err:  # the files of an export contradict each other: whatever timm and torch say of it
+        said = f"no {err}" if isinstance(err, KeyError) else brief(err)
+        raise UserError(f"{folder}: broken export ({said}); export the run again") from err
+
+
+def _load(folder: Path, about: dict[str, Any]) -> Exported:
     student = _student(folder, about)
     tensors = _read_tensors(folder / "adaptors.safetensors")
     adaptors: dict[str, Adaptor] = {}
@@ -405,13 +415,18 @@ def _subclasses(cls: type) -> Iterator[type]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError as err:
         raise UserError(
             f"{path}: missing; give an export folder or a run directory with one (`agglom export`)"
         ) from err
     except ValueError as err:  # JSONDecodeError, UnicodeDecodeError
-        raise UserError(f"{path}: not JSON ({err}); export the run again") from err
+        raise UserError(f"{path}: not JSON ({brief(err)}); export the run again") from err
+    except (OSError, RecursionError) as err:
+        raise UserError(f"{path}: can't be read ({brief(err)}); export the run again") from err
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no object; export the run again")
+    return value
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -419,7 +434,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError as err:
         raise UserError(f"{path}: missing; export the run again") from err
-    except SafetensorError as err:
+    except (SafetensorError, OSError) as err:
         raise UserError(f"{path}: broken ({brief(err)}); export the run again") from err
 
 

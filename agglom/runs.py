@@ -147,10 +147,13 @@ def export_checkpoint(ckpt: Path, out: Path, adaptors: Sequence[str] | None = No
         if name not in names:
             raise UserError(f"adaptors: {name!r}; {nearest(name, names)}; take some of them, or none")
     module = build_distiller(config)
-    module.load_state_dict(state["state_dict"])
-    average = next((c["average"] for n, c in state["callbacks"].items() if n.startswith("WeightEMA") and c), None)
-    if average is not None:
-        module.trained.load_state_dict(average)
+    try:
+        module.load_state_dict(state["state_dict"])
+        average = next((c["average"] for n, c in state["callbacks"].items() if n.startswith("WeightEMA") and c), None)
+        if average is not None:
+            module.trained.load_state_dict(average)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as err:
+        raise UserError(f"ckpt: {path} is of another model than its config.yaml ({brief(err)}); {fix}") from err
     return export_module(
         module,
         out,

@@ -56,7 +56,7 @@ def load_scenes(data: str | Path, split: str) -> Scenes:
             texts=np.array([row["txt"].decode() for row in rows]),
             boxes=np.array([row["boxes.json"].decode() for row in rows]),
         )
-    with np.load(cached) as arrays:
+    with np.load(cached, allow_pickle=False) as arrays:
         images, seg, classes = (torch.from_numpy(arrays[key]) for key in ("images", "seg", "classes"))
         boxes = [[(*box["bbox"], box["label"]) for box in json.loads(text)] for text in arrays["boxes"]]
         return Scenes(images, seg, classes, arrays["texts"].tolist(), boxes)
