@@ -54,13 +54,13 @@ def check_file(path: str | Path) -> list[str]:
 def check_config(config: dict[str, Any]) -> list[str]:
     """Problems of a whole configuration as plain data: first its structure, then what the values mean together."""
     found = list(_structure(config))
-    broken = bool(found)
+    said = {line.split(":")[0] for line in found}
     try:
         for line in _meaning(config):
-            if line.split(":")[0] not in {old.split(":")[0] for old in found}:
+            if line.split(":")[0] not in said:
                 found.append(line)
     except Exception:  # values of any kind, which have had their line
-        if not broken:
+        if not said:
             raise
     return list(map(printable, found))
 

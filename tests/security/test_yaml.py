@@ -1,4 +1,4 @@
-"""Configurations made to run something, to grow, or to be no configuration: one line each, in time, and nothing runs."""
+"""Configurations made to run something, to grow, or to be none: one line each, in time, and nothing runs."""
 
 import time
 
