@@ -1,40 +1,20 @@
 """A finished run with its export, and how a command refuses."""
 
+import logging
 import shutil
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from agglom.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+from runs import config, write  # noqa: E402
+
 LIMIT_S = 60
-
-
-def config(scenes, root):
-    tiny = {"class_path": "agglom.teachers.TinyTeacher"}
-    return {
-        "model": {
-            "student": {
-                "class_path": "agglom.students.TimmStudent",
-                "init_args": {"name": "vit_tiny_patch16_224", "kwargs": dict(VIT)},
-            },
-            "teachers": {"sam": {"encoder": {**tiny, "init_args": {"name": "sam", "pretrained": False}}}},
-            "warmup_steps": 1,
-        },
-        "data": {"data": str(scenes), "batch_size": 4, "size": 32, "val_split": None, "num_workers": 0},
-        "trainer": {"max_steps": 2, "default_root_dir": str(root), "accelerator": "cpu", "log_every_n_steps": 1},
-    }
-
-
-def write(path, value):
-    path.write_text(yaml.safe_dump(value))
-    return path
 
 
 @pytest.fixture
@@ -60,8 +40,10 @@ def run(trained, tmp_path):
 
 
 @pytest.fixture
-def refused(capfd):
+def refused(capfd, monkeypatch):
     """A function: arguments -> the one line that `agglom ARGS` refuses with, in this process and in time."""
+
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's handler may hold an earlier test's stream
 
     def late(signum, frame):
         raise TimeoutError("hangs")
