@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Sequence
 
-from agglom.errors import UserError
+from agglom.errors import UserError, brief
 
 
 def check(args: Sequence[str]) -> None:
@@ -356,10 +356,14 @@ def report(dirs: list[str]) -> None:
     from agglom.probes import write_comparison, write_report
 
     folders = [Path(d) / "probes" if (Path(d) / "probes").is_dir() else Path(d) for d in dirs]
-    for folder in folders:
-        print(write_report(folder))
-    if len(folders) > 1:
-        print(write_comparison(folders, folders[0]))
+    try:
+        for folder in folders:
+            print(write_report(folder))
+        if len(folders) > 1:
+            print(write_comparison(folders, folders[0]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as err:
+        said = f"{type(err).__name__}: {brief(err)}"
+        raise UserError(f"{folder / 'report.json'}: lacks what a report has ({said}); probe again") from err
 
 
 def export(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agglom.errors import UserError, brief
 from agglom.features import Backbone, align
 from agglom.probes.fingerprint import device_of
 
@@ -108,11 +109,19 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """KIND -> NAME -> array; empty where nothing was saved."""
+    """KIND -> NAME -> array; empty where nothing was saved.
+
+    Raises:
+        UserError: the file is broken, or has pickled objects.
+    """
     out: dict[str, dict[str, np.ndarray]] = {}
-    if (folder / FILE).is_file():
+    if not (folder / FILE).is_file():
+        return out
+    try:
         with np.load(folder / FILE, allow_pickle=False) as stored:
             for key in stored.files:
                 kind, _, name = key.partition("/")
                 out.setdefault(kind, {})[name] = stored[key]
+    except Exception as err:  # zip's, zlib's and numpy's own
+        raise UserError(f"{folder / FILE}: can't be read ({brief(err)}); remove it, or probe again") from err
     return out

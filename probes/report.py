@@ -75,10 +75,10 @@ def read_report(folder: str | Path) -> tuple[dict[str, Any], Path]:
     try:
         report = json.loads((where / "report.json").read_text(encoding="utf-8"))
         version = report["schema_version"]
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise UserError(f"{where / 'report.json'}: not a report ({type(err).__name__}: {err}); probe again") from err
-    if version > READS:
-        raise UserError(f"{where / 'report.json'}: schema_version {version}; valid: up to {READS}; update agglom")
+    if not isinstance(version, int) or version > READS:
+        raise UserError(f"{where / 'report.json'}: schema_version {version!r:.40}; valid: up to {READS}; update agglom")
     return report, where
 
 

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from agglom.errors import UserError, nearest
+from agglom.errors import UserError, brief, nearest
 from agglom.features import Dims, Features, InputSpec, StudentFeatures, prepare
 
 from .base import Student
@@ -212,6 +212,9 @@ def _build(name: str, *, pretrained: bool, checkpoint: str | None, options: dict
         raise UserError(f"student.checkpoint: {checkpoint} does not exist; give a local safetensors or PyTorch file")
     try:
         state = timm.models.load_state_dict(checkpoint, weights_only=True) if checkpoint else None
+    except Exception as err:  # safetensors', zip's and pickle's own
+        raise UserError(f"student.checkpoint: {checkpoint} can't be read ({brief(err)}); give weights alone") from err
+    try:
         if not (pretrained or state) or "reg_tokens" not in options:
             model = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
             return load_state(model, state, str(checkpoint)) if state else model

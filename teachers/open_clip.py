@@ -223,6 +223,9 @@ def _create(
             **arguments,
         )
     except Exception as error:
+        if checkpoint is not None:
+            fix = "give a file of this very model"
+            raise UserError(f"{who}: can't load {checkpoint!r} ({brief(error)}); {fix}") from error
         raise UserError(
             f"{who}: can't build or load ({brief(error)}); is the hub reachable? Else set checkpoint: PATH to a local "
             "file, or pretrained: false"

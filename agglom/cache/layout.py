@@ -25,7 +25,8 @@ from typing import Any, Iterable, Literal, Mapping
 import torch
 from torch import Tensor
 
-from agglom.errors import UserError
+from agglom.data.addresses import refuse_listed
+from agglom.errors import UserError, brief
 
 VERSION = 1
 INDEX = "cache.json"
@@ -118,17 +119,35 @@ def read_cache_index(root: str | Path) -> CacheIndex:
         raise UserError(
             f"{root}: no feature cache, it has no {INDEX}; write one with `agglom cache --out {root}`"
         ) from err
-    except (OSError, ValueError) as err:
-        raise UserError(f"{path}: can't be read ({err}); write the cache again") from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise UserError(f"{path}: can't be read ({brief(err)}); write the cache again") from err
     if not isinstance(body, dict) or body.pop("version", None) != VERSION:
         raise UserError(f"{path}: not a feature cache of version {VERSION}; write it again")
     try:
         body["splits"] = {split: tuple(names) for split, names in body["splits"].items()}
-        if wrong := [name for names in body["splits"].values() for name in names if not isinstance(name, str)]:
-            raise TypeError(f"shard {wrong[0]!r:.40} is not a name")
-        return CacheIndex(root=os.fspath(root), **body)
-    except (KeyError, TypeError, AttributeError) as err:
+        index = CacheIndex(root=os.fspath(root), **body)
+        _check(index)
+        return index
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise UserError(f"{path}: broken ({err}); write the cache again") from err
+
+
+def _check(index: CacheIndex) -> None:
+    """Raise TypeError or ValueError where a cache.json, which nobody should have touched, isn't what was written."""
+    for name in (name for names in index.splits.values() for name in names):
+        if not isinstance(name, str):
+            raise TypeError(f"shard {name!r:.40} is not a name")
+        refuse_listed(name, "")
+    for key in ("size", "views", "pool", "seed"):
+        if type(getattr(index, key)) is not int:
+            raise TypeError(f"{key} {getattr(index, key)!r:.40} is not a whole number")
+    if index.dtype not in DTYPES:
+        raise ValueError(f"dtype {index.dtype!r:.40}; valid: {', '.join(DTYPES)}")
+    if not index.teachers or not index.splits:
+        raise ValueError("no teachers or no splits")
+    for entry in (index.view, index.versions, index.teachers, *index.teachers.values()):
+        if not isinstance(entry, dict):
+            raise TypeError(f"{entry!r:.40} is not an object")
 
 
 def crc(parts: Iterable[Tensor]) -> int:
