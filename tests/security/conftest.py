@@ -12,7 +12,7 @@ from agglom.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from runs import config, write  # noqa: E402
+from small_run import config, write  # noqa: E402
 
 LIMIT_S = 60
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from malice import SAFETENSORS, Evil, plain_pickle, torch_pickle
-from runs import config, write
+from small_run import config, write
 
 from agglom.cache.command import cache_teachers
 from agglom.cache.layout import read_cache_index

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import config, write
+from small_run import config, write
 
 from agglom.cli import main
 from agglom.errors import UserError
