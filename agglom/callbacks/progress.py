@@ -17,7 +17,8 @@ class TrainingProgress(pl.Callback):
     """A bar in a terminal, a plain line every `every_s` seconds elsewhere; at the end the peak of memory.
 
     Also logs `train/images_per_s` (over all ranks) and `train/data_wait` (share of the time since the last report
-    that the step waited for its batch) with the trainer's own logging interval.
+    that the step waited for its batch) with the trainer's own logging interval, and `train/bad_samples`: how many rank
+    0's readers have skipped since the process began.
 
     Args:
         every_s: seconds between plain lines.
@@ -58,9 +59,13 @@ class TrainingProgress(pl.Callback):
         if step and step % trainer.log_every_n_steps == 0 and self._window[0] > 0:
             seconds, waiting, seen = self._window
             metrics = {"train/images_per_s": seen / seconds, "train/data_wait": waiting / seconds}
+            bad = getattr(getattr(trainer, "datamodule", None), "bad_samples", None)
+            if bad is not None:
+                metrics["train/bad_samples"] = float(bad)
             pl_module.log_dict(metrics, rank_zero_only=True)
             self._window = [0.0, 0.0, 0]
             self._note = f"{metrics['train/images_per_s']:.0f} img/s, wait {100 * metrics['train/data_wait']:.1f} %"
+            self._note += f", {bad} bad samples skipped" if bad else ""
         self._say(trainer, step, now)
 
     def _say(self, trainer: pl.Trainer, step: int, now: float) -> None:
