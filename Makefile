@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GARMENTS := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 
-.PHONY: demo test lint wheel docs docs-build minimum bench garments browser
+.PHONY: demo test lint wheel docs docs-build minimum audit bench garments browser
 
 demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
@@ -39,6 +39,12 @@ wheel: $(VENV)/installed-dev
 # The lowest versions that pyproject.toml declares (torch aside), in .venv-minimum, under a quick part of the tests.
 minimum: $(VENV)/installed-dev
 	$(BIN)/python tests/minimum.py .venv-minimum
+
+# Asks OSV, which knows the published advisories; says so and ends with 2 where it can't be reached.
+audit: $(VENV)/installed-dev
+	test -x $(VENV)/audit/bin/pip-audit \
+	|| { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet "pip-audit>=2.7"; }
+	$(BIN)/python tests/audit.py $(VENV)/audit/bin/pip-audit $(VENV)/requirements.lock
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -93,6 +93,30 @@ def linked(root):
     write(path(root, 1), entries)
 
 
+def devices(root):
+    """A sample's picture is a device, a pipe, a hard link to a file of this machine, a folder."""
+    entries = members(path(root, 1))
+    names = [m.name for m, _ in entries]
+    for place, kind in enumerate((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.LNKTYPE)):
+        entries[names.index(f"{key(1, place)}.jpg")] = link(f"{key(1, place)}.jpg", "/etc/passwd", kind)
+    write(path(root, 1), entries)
+
+
+def heavy(kind):
+    """The attributes or the long name of a sample's first file claim two gigabytes, and a compressed tar keeps that."""
+
+    def spoil(root):
+        info = tarfile.TarInfo("evil")
+        info.type, info.size = kind, 2 << 30
+        with tarfile.open(path(root, 1)) as tar:
+            offset = next(m.offset for m in tar if m.name.startswith(key(1)))
+        data = path(root, 1).read_bytes()
+        zeros = bytes(8 << 20)
+        path(root, 1).write_bytes(gzip.compress(data[:offset] + info.tobuf(tarfile.GNU_FORMAT)[:512] + zeros, 1))
+
+    return spoil
+
+
 def renamed(before):
     def spoil(root):
         write(
@@ -182,6 +206,10 @@ SKIPPED = {
     "key without image": (field("jpg", None), {"missing field"}),
     "key without caption": (field("txt", None), {"missing field"}),
     "links": (linked, {"unsafe member"}),
+    "devices": (devices, {"unsafe member"}),
+    "attributes of 2 GiB": (heavy(tarfile.XHDTYPE), {"bad tar header"}),
+    "attributes of all files of 2 GiB": (heavy(tarfile.XGLTYPE), {"bad tar header"}),
+    "a name of 2 GiB": (heavy(tarfile.GNUTYPE_LONGNAME), {"bad tar header"}),
     "name with ..": (renamed("../../"), {"unsafe member"}),
     "absolute name": (renamed("/tmp/"), {"unsafe member"}),
     "fewer than the index says": (lambda root: recount(root, 1, COUNT + 2), {"wrong count"}),
