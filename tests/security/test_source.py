@@ -51,7 +51,7 @@ def dangers(tree):
             yield node.lineno, called
         for keyword in node.keywords:
             on = not (isinstance(keyword.value, ast.Constant) and keyword.value.value in (False, None))
-            if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and on:
+            if keyword.arg in ("shell", "trust_remote_code", "allow_pickle") and on and called != "shtab.complete":
                 yield node.lineno, f"{keyword.arg}="
             if (
                 keyword.arg == "weights_only"
