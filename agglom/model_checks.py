@@ -20,7 +20,7 @@ from agglom.mosaic import places
 from agglom.plan import Stage
 from agglom.schema import find_class, problems, signature_problems
 from agglom.selfdistill import Objective
-from agglom.students import Student
+from agglom.students import Student, TimmStudent
 from agglom.teachers import Teacher
 
 
@@ -33,6 +33,11 @@ def model_problems(model: dict[str, Any], data: dict[str, Any], stages: list[Sta
     """Shapes of student and teachers on the meta device: divisibility, missing summaries, tokens, taps, mosaics."""
     student, lines = on_meta(model.get("student"), Student)
     yield from (f"model.student: {line}" if not line.startswith("student") else f"model.{line}" for line in lines)
+    if student is not None and not isinstance(student, TimmStudent):
+        yield (
+            f"model.student.class_path: {type(student).__name__} is no TimmStudent; valid: TimmStudent or a subclass, "
+            "as exports are timm's; register your network with timm"
+        )
     resolutions = list(_resolutions(data, stages))
     if student is not None:
         for key, pixels in resolutions:

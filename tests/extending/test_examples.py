@@ -136,3 +136,19 @@ def test_what_is_wrong_is_said_before(mine, inside, capsys):
         with pytest.raises(SystemExit):
             main(["probe", "--model", "tiny:clip", "--data", config["data"]["data"], "--out", "x", "--probes", probe])
         assert reason in capsys.readouterr().err
+
+
+def test_a_student_that_timm_does_not_know_is_refused(mine, inside):
+    """It would train, and fail where its export is written."""
+    (mine / "bare.py").write_text(
+        "from torch import nn\n"
+        "from agglom.features import Dims, InputSpec\n"
+        "from agglom.students import Student\n\n\n"
+        "class Bare(Student):\n"
+        "    input, dims, tap_names = InputSpec(stride=8), Dims(16, 16), ()\n"
+    )
+    config = yaml.safe_load((mine / "my_run.yaml").read_text())
+    config["model"]["student"] = {"class_path": "bare.Bare"}
+    (mine / "bare.yaml").write_text(yaml.safe_dump(config))
+    lines = check_file(mine / "bare.yaml")
+    assert any("Bare is no TimmStudent" in line and "register your network with timm" in line for line in lines)
