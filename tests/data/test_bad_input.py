@@ -443,6 +443,26 @@ def test_any_index_is_read_or_refused(whole, tmp_path, harm):
         assert "\n" not in str(err)
 
 
+class Counting(io.BytesIO):
+    """How much of it was read."""
+
+    given = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.given += len(data)
+        return data
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_of_a_header_no_more_is_read_than_its_bound(kind):
+    info = tarfile.TarInfo("evil")
+    info.type, info.size = kind, 32 << 20
+    stream = Counting(info.tobuf(tarfile.GNU_FORMAT)[:512] + bytes(32 << 20))
+    reader = ShardReader(stream, "a.tar")
+    assert list(reader) == [] and reader.damage.kind == "bad tar header" and stream.given < 1 << 20
+
+
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 JSON = st.recursive(
     LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
