@@ -20,6 +20,7 @@ from agglom.cache.check import cached_teachers
 from agglom.callbacks import (
     Checkpoints,
     Mixing,
+    OnlyFresh,
     RandomState,
     RunCSVLogger,
     RunDirectory,
@@ -149,6 +150,7 @@ class FitCLI(LightningCLI):
         self.checkpoints = Checkpoints(config.checkpoint_every, config.checkpoint_minutes, config.checkpoint_keep)
         self.directory = RunDirectory(size=config.data.size, resumed=self.origin, model=self.model_config)
         self.trainer_defaults["callbacks"] = [
+            OnlyFresh(),
             TrainingProgress(),
             RandomState(),
             *([Mixing()] if config.data.sources else []),

@@ -4,7 +4,7 @@ from agglom.callbacks.checkpoint_files import Unreadable, checkpoint_path, newes
 from agglom.callbacks.checkpoints import Checkpoints, Stopped
 from agglom.callbacks.ema import WeightEMA
 from agglom.callbacks.guard import Guard, NotFinite
-from agglom.callbacks.metrics import RunCSVLogger, drop_rows_after
+from agglom.callbacks.metrics import OnlyFresh, RunCSVLogger, drop_rows_after
 from agglom.callbacks.mixing import Mixing
 from agglom.callbacks.probes import OnlineProbes
 from agglom.callbacks.progress import TrainingProgress
@@ -17,6 +17,7 @@ __all__ = [
     "Mixing",
     "NotFinite",
     "OnlineProbes",
+    "OnlyFresh",
     "RandomState",
     "RunCSVLogger",
     "RunDirectory",

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -30,6 +31,19 @@ class RunCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = _ContinuingWriter(log_dir=self.log_dir)
         return self._experiment
+
+
+class OnlyFresh(pl.Callback):
+    """Keeps out of a logged step's row what was measured at another step.
+
+    Lightning goes on reporting the last value of everything that was ever logged in training: of a teacher that has
+    left, of an objective that has stopped, of what is measured only now and then. A resumed run couldn't know them.
+    """
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            results = trainer.fit_loop.epoch_loop._results
+            results.clear()
 
 
 class _ContinuingWriter(ExperimentWriter):
