@@ -37,6 +37,7 @@ from agglom.plan import Part, Plan, Stage
 from agglom.schedules import Schedule, rate_at
 from agglom.selfdistill import Objective, Scene
 from agglom.selfdistill.base import conflicts, objective_metrics, steps
+from agglom.sharding import shard
 from agglom.shifts import ShiftOptions
 from agglom.students import Student
 from agglom.suit import suit
@@ -396,23 +397,17 @@ class Distiller(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(
-            self.student,
-            [*self.heads.children(), *self.objectives.children()],
-            self.balance,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            layer_decay=self.layer_decay,
-        )
+            self.student, [*self.heads.children(), *self.objectives.children()], self.balance,
+            lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay,
+        )  # fmt: skip
         optimizer = build_optimizer(self.optimizer, groups, lr=self.lr, betas=self.betas)
+        shape: dict[str, Any] = {
+            "schedule": self.schedule,
+            "final": self.final_lr,
+            "decay_fraction": self.decay_fraction,
+        }
         rate = partial(
-            rate_at,
-            plan=self.plan,
-            total_steps=self._total(),
-            lr=self.lr,
-            warmup_steps=self.warmup_steps,
-            schedule=self.schedule,
-            final=self.final_lr,
-            decay_fraction=self.decay_fraction,
+            rate_at, plan=self.plan, total_steps=self._total(), lr=self.lr, warmup_steps=self.warmup_steps, **shape
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -432,14 +427,18 @@ class Distiller(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.optimizers().zero_grad()
 
+    def configure_model(self) -> None:
+        """Under Lightning's FSDP2 strategy, which gives a mesh."""
+        if self.device_mesh is not None:
+            shard(self, self.device_mesh["data_parallel"])
+
     def setup(self, stage: str) -> None:
         suit(self.student, self.trained, self.frozen.values(), self.trainer.strategy.root_device)
 
     def on_fit_start(self) -> None:
         modules = {"student": [self.student], "teachers": self.frozen.values(), "heads": self.heads.values()}
-        for part in self.compiled:
-            for module in modules[part]:
-                module.compile()
+        for module in (module for part in self.compiled for module in modules[part]):
+            module.compile()
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Pixels travel as uint8 and become floats in [0, 1] on the device."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch.distributed.tensor import DTensor
 
 from agglom.errors import UserError, nearest
 
@@ -28,7 +29,10 @@ def build_optimizer(
     """
     info = get_optimizer_info(name)
     options: dict[str, Any] = {"betas": betas} if info.has_betas else {}
-    if fused := "fused" in inspect.signature(cast(Any, info.opt_class)).parameters:
+    kind: Any = info.opt_class
+    sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])  # only Adam's kernel takes those
+    fused = "fused" in inspect.signature(kind).parameters and (not sharded or issubclass(kind, torch.optim.Adam))
+    if fused:
         options["fused"] = True
     optimizer: Any = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **options)
     if fused:

@@ -7,11 +7,14 @@ The images of a step are the same for every number of processes; each sees its p
 import os
 import socket
 import sys
+import traceback
 import warnings
 from functools import partial
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import agglom.selfdistill.dino
@@ -113,6 +116,10 @@ CASES = {
         }
     },
 }
+CASES |= {
+    "FSDP2": {"ema_decay": None},
+    "FSDP2 adamw": {"ema_decay": None, "adaptor": LadderAdaptor, "optimizer": "adamw", "lr": 1e-4},
+}
 UNUSED = {"Dmae"}  # blocks past the one that is read get no gradient
 
 
@@ -135,6 +142,25 @@ class Steps(pl.LightningDataModule):
         return DataLoader(steps, batch_size=None)
 
 
+def trainer_of(world, strategy, out):
+    return pl.Trainer(
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0,
+        use_distributed_sampler=False, default_root_dir=out,
+    )  # fmt: skip
+
+
+def sharded(module, world, out, name):
+    """Through Lightning's strategy for FSDP2, which shards in `configure_model`."""
+    trainer = trainer_of(world, ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), out)
+    trainer.fit(module, datamodule=Steps())
+    weights = [p for p in module.trained.parameters() if isinstance(p, DTensor)]
+    assert weights and any(p.to_local().numel() < p.numel() for p in weights)
+    whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.trained.state_dict().items()}
+    saved = {"trained": {k: v for k, v in whole.items() if torch.is_tensor(v)}, "balance": {}}
+    torch.save(saved, f"{out}/{name}-{world}-{trainer.global_rank}.pt")
+
+
 def train(name, world, out):
     case = dict(CASES[name])
     pl.seed_everything(0, verbose=False)
@@ -143,17 +169,17 @@ def train(name, world, out):
     if balance := case.pop("balance", None):
         case["balance"] = balance()
     # SGD: Adam's first steps are signs, which turn rounding of a gradient near 0 into a whole step.
-    module = Distiller(
-        student, teachers, optimizer="sgd", lr=0.1, warmup_steps=0, schedule="constant", ema_decay=0.5, **case
-    )
+    options = {"optimizer": "sgd", "lr": 0.1, "ema_decay": 0.5, **case}
+    module = Distiller(student, teachers, warmup_steps=0, schedule="constant", **options)
+    if name.startswith("FSDP2") and world > 1:
+        sharded(module, world, out, name)
+        return
     strategy = "ddp_find_unused_parameters_true" if name in UNUSED else "ddp"
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy if world > 1 else "auto", max_steps=STEPS, max_epochs=-1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=out,
-    )  # fmt: skip
+    trainer = trainer_of(world, strategy if world > 1 else "auto", out)
     trainer.fit(module, datamodule=Steps())
-    states = {"trained": module.trained, "balance": module.balance, "average": module.ema.average}
+    states = {"trained": module.trained, "balance": module.balance}
+    if module.ema is not None:
+        states["average"] = module.ema.average
     saved = {kind: {k: v for k, v in x.state_dict().items() if torch.is_tensor(v)} for kind, x in states.items()}
     torch.save(saved, f"{out}/{name}-{world}-{trainer.global_rank}.pt")
 
@@ -182,6 +208,8 @@ if __name__ == "__main__":
                 try:
                     run(world, rank, port, sys.argv[1])
                     code = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()

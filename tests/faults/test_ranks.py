@@ -1,14 +1,19 @@
 """Two and four gloo ranks end where one ends that sees all of a step's images: each adaptor, balance, normaliser and
-self-distillation objective. Also: a rank alone with its teacher, and a rank that dies.
+self-distillation objective; in some cases a rank trains with one teacher alone. And a rank that dies ends the job.
 """
 
 import importlib.util
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from agglom.callbacks import checkpoint_path, read_checkpoint
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 
@@ -71,3 +76,44 @@ def test_the_cases_are_all_there_are():
     wanted |= set(agglom.targets.__all__) - {"Memory", "Normalizer"}
     wanted |= set(agglom.selfdistill.__all__) - {"Objective", "Scene"}
     assert {name.split()[0] for name in RANKS.CASES} >= wanted
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other_within_a_minute(tmp_path, scenes, one_thread):
+    """With one line that says so; the checkpoint before is whole."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from test_killed import config
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    written = config(scenes, tmp_path / "run", 1)
+    written["trainer"] |= {"max_steps": 5000, "val_check_interval": 5000, "devices": 2}
+    written["trainer"]["strategy"] = "ddp_find_unused_parameters_true"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(written))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "agglom.cli", "fit", "--config", str(tmp_path / "c.yaml")]
+    ranks = []
+    for rank in ("0", "1"):
+        with open(tmp_path / f"{rank}.log", "w") as log:
+            env = {**one_thread, **job, "RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        until = time.monotonic() + 120
+        while not checkpoint_path(tmp_path / "run").exists():
+            assert time.monotonic() < until and all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        ranks[1].kill()
+        assert ranks[0].wait(60) == 1
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = (tmp_path / "0.log").read_text()
+    (line,) = [
+        line for line in said.splitlines() if line.startswith("agglom fit: rank 0 lost another rank after step ")
+    ]
+    assert "--ckpt_path last goes on" in line and "Traceback" not in said
+    read_checkpoint(checkpoint_path(tmp_path / "run"))
