@@ -48,7 +48,10 @@ class Look(pl.Callback):
 
 
 def usage() -> dict[str, float]:
-    """Of this process and its children: proportional MiB (what is shared counts once), open files, threads."""
+    """Of this process and its children: MiB, open files, threads.
+
+    Memory is what isn't a file's (libraries are shared with whatever else runs), in proportion where they share it.
+    """
     mine = os.getpid()
     out = {"mib": 0.0, "files": 0, "threads": 0}
     for entry in Path("/proc").iterdir():
@@ -58,8 +61,8 @@ def usage() -> dict[str, float]:
             status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines() if ":" in line)
             if int(entry.name) != mine and int(status["PPid"]) != mine:
                 continue
-            pss = next(x for x in (entry / "smaps_rollup").read_text().splitlines() if x.startswith("Pss:"))
-            out["mib"] += int(pss.split()[1]) / 1024
+            kinds = [x.split() for x in (entry / "smaps_rollup").read_text().splitlines()]
+            out["mib"] += sum(int(x[1]) for x in kinds if x[0] in ("Pss_Anon:", "Pss_Shmem:")) / 1024
             out["files"] += len(list((entry / "fd").iterdir()))
             out["threads"] += int(status["Threads"])
         except (FileNotFoundError, ProcessLookupError):  # it has just ended

@@ -278,6 +278,19 @@ def test_cost_and_memory_of_streamed_images_are_told_by_a_process_of_its_own(ben
     assert 0.01 < seconds < 60 and 2e8 < resident < 4e9
 
 
+def test_the_sizing_table_in_the_documentation_is_what_its_command_prints(benchmark, capsys):
+    module = benchmark("sizing")
+    module.main([])
+    table = capsys.readouterr().out
+    assert table in (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
+    # by hand: a ViT-B with a tenth of a teacher's cost and 2 devices
+    size = module.size_of("vit_base_patch16_224")
+    assert size.parameters == 85_798_656 and size.tokens(224) == 196
+    assert size.forward(224) == 2 * 85_798_656 * 196 + 4 * 12 * 196**2 * 768
+    found = module.memory(size, 1e9, 224, 4, 2, True)
+    assert found == pytest.approx(85_798_656 * 1.125 * 8 + 2e9 + 34 * 768 * 12 * 196 * 4)
+
+
 def test_a_process_is_timed_until_its_line(benchmark):
     until = benchmark("startup").until
     script = "import time; print('step 1', flush=True); time.sleep(0.5)"
