@@ -21,6 +21,7 @@ COMMANDS = {
     "probe": "evaluate frozen backbones on shards",
     "report": "report.json -> report.md and report.html",
     "export": "checkpoint -> timm-loadable folder with adaptors and model card",
+    "finetune": "train a classifier on an export, with layer-wise decay of the learning rate",
     "mmseg": "train or test a segmentation head inside mmsegmentation (extra: agglom[mmseg])",
     "info": "teachers and students by name, or what a run, export or shard folder holds",
     "demo": "the embedded default, end to end",
@@ -94,6 +95,11 @@ def _run(name: str, args: list[str]) -> None:
         raise UserError(f"unknown command; {nearest(name, COMMANDS)}; agglom --help says what they do")
     if name == "fit":
         _fit(args)
+        return
+    if name == "finetune":
+        from agglom.finetune import finetune
+
+        finetune(args)
         return
     if name == "mmseg":
         from agglom.mmseg.tools import run

@@ -53,7 +53,12 @@ def write_export(
         step: optimiser steps behind the weights.
         run: the run directory, for what the model card says of recipe, data and probes.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UserError(
+            f"out: {out}: {err.strerror or err}; valid: a folder that can be written; choose another"
+        ) from err
     for path in (*out.glob("*.onnx*"), *out.glob("*.pt2")):  # graphs of the weights that are replaced
         path.unlink()
     tensors: dict[str, Tensor] = {}

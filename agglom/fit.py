@@ -188,8 +188,8 @@ def fit(args: Sequence[str]) -> FitCLI:
         UserError: a problem with the configuration or what it needs; `Invalid`, with a line for each, before anything
             is built.
     """
-    _quieten()
-    args = _packaged(args)
+    quieten()
+    args = packaged(args)
     if not any(arg.endswith("help") or arg == "-h" or arg.startswith("--print_") for arg in args):
         # missing files, broken YAML and repeated keys, which a parser doesn't see or tell well
         config, lines = stated(args)
@@ -215,7 +215,7 @@ def _of_another_rank(err: RuntimeError) -> bool:
     return isinstance(err, torch.distributed.DistError) or any(word in str(err) for word in words)
 
 
-def _packaged(args: Sequence[str]) -> list[str]:
+def packaged(args: Sequence[str]) -> list[str]:
     """`--config configs/demo.yaml` finds the packaged file anywhere, as it does for `agglom check`."""
     out: list[str] = []
     for arg in args:
@@ -228,7 +228,7 @@ def _packaged(args: Sequence[str]) -> list[str]:
     return out
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silence what Lightning says at the start of every one of our runs although nothing is amiss."""
     ignored = (
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning's own use of a torch name that will go

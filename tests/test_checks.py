@@ -18,7 +18,8 @@ from agglom.data import write_index, write_shard
 from agglom.overrides import stated
 
 CONFIGS = Path(str(files("agglom.configs"))).resolve()
-SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+# those of `agglom fit`; configs/finetune is another command's
+SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.parent.name != "finetune")
 
 
 def tiny_shards(root: Path, size: int = 16, **fields) -> Path:

@@ -34,7 +34,8 @@ def test_header_says_what_is_needed(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("# Needs:", "# Command:", "# Cost:"):
         assert any(line.startswith(word) for line in head), word
-    assert any(f"agglom fit --config configs/{path.relative_to(CONFIGS)}" in line for line in head)
+    command = "finetune" if path.parent.name == "finetune" else "fit"
+    assert any(f"agglom {command} --config configs/{path.relative_to(CONFIGS)}" in line for line in head)
 
 
 def test_real_small_is_what_its_libraries_say():
