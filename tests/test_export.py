@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+import yaml
 
 import agglom
 from agglom.adaptors import (
@@ -18,12 +19,14 @@ from agglom.adaptors import (
     OrthogonalAdaptor,
 )
 from agglom.callbacks import export_module
+from agglom.cli import main
 from agglom.distiller import Distiller
 from agglom.errors import UserError
 from agglom.export import fold_normalizers, random_like
 from agglom.features import Dims, Features, StudentFeatures
 from agglom.heads import Head
 from agglom.objectives import MSE
+from agglom.runs import build_distiller
 from agglom.students import TimmStudent
 from agglom.targets import Standardize
 from agglom.teachers import manifest
@@ -264,3 +267,42 @@ def test_nothing_pickled_and_the_card_names_teachers(folder):
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".md"}
     card = (folder / "README.md").read_text()
     assert all(f"`{name}`" in card for name in ("clip", "dino", "sam")) and "local-dir:" in card
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--ckpt", "unfinished", "--out", "out"], "ckpt: unfinished/checkpoints/last.ckpt does not exist"),
+        (["--ckpt", "unfinished/config.yaml", "--out", "out"], "ckpt: unfinished/config.yaml can't be read"),
+        (["--ckpt", "run", "--out", "/proc/agglom/out"], "out: /proc/agglom/out: No such file"),
+        (["--ckpt", "run", "--out", "file"], "out: file: File exists; valid: a folder that can be written"),
+        (["--ckpt", "run", "--out", "file/out"], "out: file/out: Not a directory"),
+        (["--ckpt", "run", "--out", "out", "--adaptors", "clop"], "adaptors: 'clop'; valid: clip (did you mean clip?)"),
+        (["--ckpt", "run", "--out", "out", "--onnx-adaptors", "clip"], "onnx_adaptors: clip without onnx"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(args, said, tmp_path, monkeypatch, capsys):
+    """Nothing is written; the run is one that has a checkpoint, the other was stopped before its first."""
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    tiny = {"class_path": "agglom.teachers.TinyTeacher", "init_args": {"name": "clip", "pretrained": False}}
+    student = {
+        "class_path": "agglom.students.TimmStudent",
+        "init_args": {"name": "vit_tiny_patch16_224", "kwargs": vit},
+    }
+    config = {"model": {"student": student, "teachers": {"clip": {"encoder": tiny}}}, "data": {"size": 32}}
+    for name in ("run", "unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run" / "checkpoints").mkdir()
+    state = {"state_dict": build_distiller(config).state_dict(), "callbacks": {}, "global_step": 1}
+    state |= {"optimizer_states": [], "loops": {}}
+    torch.save(state, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as err:
+        main(["export", *args])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert err.value.code == 2 and line.startswith(f"agglom export: {said}")
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == ""
+    main(["export", "--ckpt", "run", "--out", "out"])
+    assert agglom.load("out").adaptors["clip"](images()).summary.shape == (2, 128)

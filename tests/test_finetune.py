@@ -37,7 +37,7 @@ def data(scenes, **options):
 
 
 def test_rates_fall_with_depth(folder, scenes, quiet_trainer):
-    """Embedding, two blocks (the norm goes with the last) and head: rates lr * decay^depth, written out; no decay on vectors."""
+    """Embedding, two blocks (the norm goes with the last), head: lr * decay^depth, and no weight decay on vectors."""
     model = Classifier(str(folder), lr=0.01, layer_decay=0.5, weight_decay=0.1)
     quiet_trainer(max_steps=1).fit(model, datamodule=data(scenes))
     groups = model.configure_optimizers().param_groups
