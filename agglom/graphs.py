@@ -6,6 +6,7 @@ and with `NAME_summary` and `NAME_map` of each adaptor in it.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -206,11 +207,23 @@ def write_int8(source: Path, path: Path, graph: Graph, images: Tensor, what: str
 
 def write_pt2(path: Path, graph: Graph, program: Any) -> str:
     """Write and check a .pt2 file; returns what there is to say of it."""
-    program.example_inputs = None  # the one thing in the file that would be pickled
-    torch.export.save(program, path)
+    try:
+        _save(program, path)
+    except Exception as err:  # not all arithmetic of free sizes has a place in the format (TensorFlow's padding)
+        path.unlink(missing_ok=True)
+        if not graph.free:
+            raise UserError(f"pt2: the graph can't be saved ({brief(err)}); export it without") from err
+        graph = copy.copy(graph)
+        graph.free = False
+        _save(trace(graph), path)
     loaded = torch.export.load(path).module()
     worst = compare(graph, loaded, path)
     return f"torch.export, {graph.said()}; at most {worst:.1e} from torch in fp32"
+
+
+def _save(program: Any, path: Path) -> None:
+    program.example_inputs = None  # the one thing in the file that would be pickled
+    torch.export.save(program, path)
 
 
 def compare(graph: Graph, run: Answers, path: Path) -> float:

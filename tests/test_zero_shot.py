@@ -92,6 +92,11 @@ def test_logits_are_those_of_the_training_head(run, scenes):
         words = teacher.text.encode_text(TEXTS)
         expected = teacher.network.logit_scale.exp() * F.cosine_similarity(summary[:, None], words[None], dim=2)
         got = agglom.load(run).zero_shot(pictures, TEXTS)
+        several = agglom.load(run).zero_shot(pictures, ["dress", "bag"], templates=["a red {}", "photo of a blue {}"])
+        prompts = teacher.text.encode_text(["a red dress", "photo of a blue dress", "a red bag", "photo of a blue bag"])
+        mean = F.normalize(prompts, dim=1).view(2, 2, -1).mean(1)
+    found = F.cosine_similarity(summary[:, None], mean[None], dim=2)
+    torch.testing.assert_close(several, teacher.network.logit_scale.exp() * found, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-5)
     assert expected.abs().max() > 1 and expected.std() > 0.05
 
