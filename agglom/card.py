@@ -202,15 +202,14 @@ def _teachers(about: Mapping[str, Any]) -> list[str]:
 def _training(about: Mapping[str, Any]) -> list[str]:
     from agglom.probes import clean, grid
 
-    data, lines = about.get("data", {}), []
-    if "source" in data:
-        counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
-        lines.append(f"- Data: {clean(data['source'])}; licence {clean(data['licence'])}; images: {clean(counts)}")
-        if data["classes"]:
-            shown = ", ".join(map(clean, data["classes"][:20])) + (", ..." if len(data["classes"]) > 20 else "")
-            lines.append(f"- Classes of the data (not used as labels): {shown}")
-    elif data:
-        lines.append(f"- Data: {code(data['address'])}, which was not readable any more at the time of the export")
+    data, sources, lines = about.get("data", {}), about.get("sources", {}), []
+    for name, source in sources.items():
+        lines.append(f"- Data {code(name)}: {_said(source)}")
+    if data:
+        lines.append(f"- {'Validated on' if sources else 'Data'}: {_said(data)}")
+    if data.get("classes"):
+        shown = ", ".join(map(clean, data["classes"][:20])) + (", ..." if len(data["classes"]) > 20 else "")
+        lines.append(f"- Classes of the data (not used as labels): {shown}")
     lines += [f"- {what[0].upper()}{what[1:]}: {code(how)}" for what, how in objectives(about)]
     lines.append(f"- Optimiser steps: {about['steps']}")
     parts = ["## Training", "\n".join(lines)]
@@ -228,6 +227,16 @@ def _training(about: Mapping[str, Any]) -> list[str]:
                 )  # fmt: skip
         parts.append(grid(["stage", "steps", "pixels", "teachers"], rows, words=True))
     return parts
+
+
+def _said(data: Mapping[str, Any]) -> str:
+    """Source, licence and number of images of a data set."""
+    from agglom.probes import clean
+
+    if "source" not in data:
+        return f"{code(data['address'])}, which was not readable any more at the time of the export"
+    counts = ", ".join(f"{count} {split}" for split, count in data["counts"].items())
+    return f"{clean(data['source'])}; licence {clean(data['licence'])}; images: {clean(counts)}"
 
 
 def _kept(report: Mapping[str, Any] | None) -> list[str]:

@@ -25,7 +25,8 @@ def training_record(run: Path) -> dict[str, Any]:
 
     Returns:
         {"recipe": its configuration without what is about the machine, "data": address, and from the index: source,
-        licence, classes, counts}, or nothing where it has no config.yaml.
+        licence, classes, counts, "sources": name -> the same, where there are several}, or nothing where it has no
+        config.yaml.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -36,8 +37,11 @@ def training_record(run: Path) -> dict[str, Any]:
         for key, value in config.items()
         if key not in LOCAL[""]
     }
-    address = (config.get("data") or {}).get("data")
-    return {"recipe": _clean(recipe), **({"data": _data(address)} if address else {})}
+    data = config.get("data") or {}
+    record = {"recipe": _clean(recipe), **({"data": _data(data["data"])} if "data" in data else {})}
+    if data.get("sources"):  # then `data` is what was validated on
+        record["sources"] = {name: _data(entry["data"]) for name, entry in data["sources"].items()}
+    return record
 
 
 def resolutions(about: Mapping[str, Any]) -> list[int]:

@@ -198,6 +198,17 @@ def test_the_card_of_a_run(scenes, tmp_path, capsys):
     assert "have not been probed" in (folder / "README.md").read_text()
 
 
+def test_every_source_of_data_is_named(scenes, tmp_path):
+    from agglom.record import training_record
+
+    several = {"plain": {"data": str(scenes)}, "gone": {"data": str(tmp_path / "gone"), "weight": 2.0}}
+    config = {"data": {"data": str(scenes), "sources": several}, "model": {}, "trainer": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    text = model_card({**about(), **training_record(tmp_path)}, {})
+    assert "- Data `plain`: fashion scenes" in text and "images: 96 train" in text and "- Validated on: fashion" in text
+    assert f"- Data `gone`: `{tmp_path / 'gone'}`, which was not readable" in text
+
+
 def test_addresses_lose_their_passwords(tmp_path):
     from agglom.record import training_record
 
