@@ -3,18 +3,22 @@
 import csv
 import json
 
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
 
 import agglom
+from agglom.callbacks import export_module
 from agglom.cli import main
 from agglom.data import read_index
+from agglom.distiller import Distiller
 from agglom.errors import UserError
+from agglom.heads import TeacherConfig
 from agglom.probes.source import Source
 from agglom.runs import build_distiller, read_config
-from agglom.teachers import TinyTeacher
+from agglom.teachers import TinyTeacher, from_ref, manifest
 from agglom.zero_shot import text_tower
 
 TEXTS = ["a red dress", "a blue bag", "a green t-shirt"]
@@ -147,3 +151,31 @@ def test_an_unknown_open_clip_tower_is_one_line():
     with pytest.raises(UserError, match="tag 'nobody'") as err:
         text_tower("clip", json.loads(json.dumps(record)))
     assert "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize("bias", [None, -3.0])
+@torch.no_grad()
+def test_an_open_clip_teacher_by_its_reference(bias, tiny_student, tmp_path):
+    """The tower comes from the recorded reference alone; temperature and SigLIP's bias are the model's own."""
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    config |= {} if bias is None else {"custom_text": True, "init_logit_bias": bias}
+    name, folder = f"agglom-words-{bias}", tmp_path / "clip"
+    folder.mkdir()
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    source = open_clip.create_model(name, load_weights=False)
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": about}))
+    torch.save(source.state_dict(), folder / "open_clip_pytorch_model.bin")
+
+    teacher = from_ref(f"open_clip:local-dir:{folder}")
+    module = Distiller(tiny_student(), {"clip": TeacherConfig(teacher)}).eval()
+    model = agglom.load(export_module(module, tmp_path / "export", manifest({"clip": teacher}), 32, 1))
+    pictures = torch.rand(2, 3, 32, 32)
+    got = model.zero_shot(pictures, TEXTS)
+    words = source.encode_text(open_clip.tokenize(TEXTS, context_length=16), normalize=True)
+    summary = F.normalize(model.adaptors["clip"](pictures).summary, dim=1)
+    torch.testing.assert_close(got, source.logit_scale.exp() * summary @ words.T + (bias or 0.0), rtol=1e-5, atol=1e-5)
