@@ -169,6 +169,7 @@ def _trace(graph: Graph, size: tuple[int, int], dynamic: dict[int, Any]) -> Any:
 
 def write_onnx(path: Path, graph: Graph, program: Any) -> str:
     """Write and check an ONNX file; returns what there is to say of it."""
+    axes = {0: "batch", **({2: "height", 3: "width"} if graph.free else {})}
     with quiet():
         made = torch.onnx.export(
             program,
@@ -177,6 +178,7 @@ def write_onnx(path: Path, graph: Graph, program: Any) -> str:
             opset_version=OPSET,
             input_names=["images"],
             output_names=graph.names,
+            dynamic_shapes={"images": axes},  # names alone; what is dynamic, the program says
             verbose=False,
         )
     assert made is not None

@@ -68,6 +68,8 @@ def test_onnx_and_pt2_answer_as_the_student(kind, tiny_teachers, tmp_path):
         assert [entry.version for entry in made.opset_import if entry.domain == ""] == [OPSET]
         session = onnxruntime.InferenceSession(folder / f"{title}.onnx", providers=["CPUExecutionProvider"])
         assert [out.name for out in session.get_outputs()] == outputs
+        free = [32, 32] if kind == "fixed" else ["height", "width"]
+        assert session.get_inputs()[0].shape == ["batch", 3, *free] and session.get_outputs()[0].shape[0] == "batch"
         program = torch.export.load(folder / f"{title}.pt2").module()
         for count, (height, width) in zip((1, 3, 2), sizes, strict=False):
             images = torch.rand(count, 3, height, width)
