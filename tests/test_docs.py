@@ -81,7 +81,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     name, *args = words
     assert name in COMMANDS or name.startswith("--")
     monkeypatch.chdir(ROOT)
-    if name in ("check", "mmseg") or name.startswith("--"):
+    if name in ("check", "mmseg", "finetune") or name.startswith("--"):
         for path in args:
             assert not path.startswith("configs/") or (ROOT / path).is_file(), path
         return
