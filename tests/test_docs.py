@@ -307,3 +307,10 @@ def test_a_wrong_block_would_be_found():
     assert check_config(merged(config, {"model": {"skip_nonfinit": 3}}))
     with pytest.raises((UserError, SystemExit, Exception)):
         command_parser(commands.export, "agglom export").parse_args(["--ckpt", "x", "--out", "y", "--onx"])
+
+
+def test_each_page_is_once_in_the_contents():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\nplugins:")[0]
+    pages = re.findall(r"[\w/]+\.(?:md|ipynb)", nav)
+    assert sorted(pages) == sorted(set(pages))
+    assert {name for name in pages if name.endswith(".md")} >= {path.name for path in DOCS.glob("*.md")}
