@@ -384,5 +384,6 @@ def _split(
             yield f"data.{at_fault}: {str(err).removeprefix('fields: ')}; change data.{at_fault}"
             return
     workers = data.get("num_workers", 1)
+    workers = 1 if workers == "auto" else workers
     if trained is not None and isinstance(workers, int) and workers >= 0:
         yield from validate_layout(index, trained, num_workers=workers, world_size=_world(trainer))

@@ -16,6 +16,7 @@ from agglom.data.crops import CropOptions, MultiCrop
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
 from agglom.data.mixture import GapOptions, MixedStream, Shares, Source, shares_of
+from agglom.data.processes import readers
 from agglom.data.samples import check_fields
 from agglom.data.streams import Cached, TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
@@ -61,7 +62,8 @@ class ShardDataModule(LightningDataModule):
         val_split: split to validate on, or null for no validation.
         fields: what a batch holds besides `key`: any of image, cls, txt, seg, boxes.
         view: random crop and flip in training. Validation takes the centre square.
-        num_workers: processes that read and decode (per rank); needs as many training shards as workers x ranks.
+        num_workers: processes that read and decode (per rank); needs as many training shards as workers x ranks. "auto"
+            takes a core each but for one a rank, at most 8; a resume on a machine with others has another order.
         val_samples: validate on the first so many samples only; null for all.
         seed: order and views follow from it.
         shuffle: encoded samples that each worker keeps to draw from.
@@ -94,7 +96,7 @@ class ShardDataModule(LightningDataModule):
         val_split: str | None = "val",
         fields: tuple[str, ...] = ("image",),
         view: ViewOptions = ViewOptions(),  # noqa: B008  frozen, and jsonargparse shows its fields
-        num_workers: int = 1,
+        num_workers: int | Literal["auto"] = 1,
         val_samples: int | None = None,
         seed: int = 0,
         shuffle: int = 1000,
@@ -109,6 +111,8 @@ class ShardDataModule(LightningDataModule):
         cache_missing: Literal["error", "recompute"] = "error",
     ) -> None:
         super().__init__()
+        self.automatic = num_workers == "auto"
+        num_workers = 1 if isinstance(num_workers, str) else num_workers  # until `setup` knows the ranks
         limits = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "seed": (seed, 0)}
         for name, (value, least) in {**limits, "margin": (margin, 0)}.items():
             if value < least:
@@ -147,6 +151,11 @@ class ShardDataModule(LightningDataModule):
         """
         self.index = read_index(self.data)
         if stage in (None, "fit"):
+            if self.automatic:
+                indices = [(self._index(source.data), source.split) for source in self._training().values()]
+                shards = min(sum(s.count > 0 for s in index.splits.get(split, ())) for index, split in indices)
+                local = self.trainer.num_devices if self.trainer else 1
+                self.num_workers = readers(shards, ranks=self.world_size, local_ranks=local)
             for source in self._training().values():
                 index = self._index(source.data)
                 problems = validate_layout(

@@ -16,6 +16,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MOST_READERS = 8  # of a rank, when their number is chosen for it
+
+
+def readers(shards: int, *, ranks: int, local_ranks: int) -> int:
+    """How many processes of a rank should read: a core each, but for one that trains.
+
+    Args:
+        shards: of the training split; each reader needs one.
+        ranks: in all.
+        local_ranks: on this machine, which share its cores.
+    """
+    return max(1, min(cores() // local_ranks - 1, shards // ranks, MOST_READERS))
+
+
 def spread(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int | None) -> Iterator[Result]:
     """The results in the order of the jobs, each as soon as those before it are there.
 

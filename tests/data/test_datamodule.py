@@ -236,3 +236,24 @@ def test_errors_of_workers_stop_the_trainer_with_one_line(root):
         warnings.simplefilter("ignore")
         trainer(root, 2).fit(Recorder(), module(root, num_workers=1))
     assert "max_bad_fraction" in str(err.value) and "\n" not in str(err.value)
+
+
+@pytest.mark.parametrize(
+    ("cores", "shards", "ranks", "local", "expected"),
+    [(2, 9, 1, 1, 1), (1, 9, 1, 1, 1), (16, 99, 1, 1, 8), (32, 99, 16, 8, 3), (16, 6, 2, 2, 3), (16, 1, 1, 1, 1)],
+)
+def test_readers_for_the_machine(cores, shards, ranks, local, expected, monkeypatch):
+    from agglom.data import processes
+
+    monkeypatch.setattr(processes, "cores", lambda: cores)
+    assert processes.readers(shards, ranks=ranks, local_ranks=local) == expected
+
+
+def test_auto_takes_no_more_workers_than_there_are_shards(scenes, monkeypatch):
+    """Three shards, many cores."""
+    from agglom.data import processes
+
+    monkeypatch.setattr(processes, "cores", lambda: 64)
+    data = ShardDataModule(data=str(scenes), batch_size=4, size=32, num_workers="auto")
+    data.setup("fit")
+    assert data.num_workers == 3 and data.train_dataloader().num_workers == 3
