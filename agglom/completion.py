@@ -45,8 +45,8 @@ def tree() -> argparse.ArgumentParser:
                 function = getattr(commands, f"data_{writer}")
                 leaf = leaves.add_parser(writer, help=function.__doc__.split(".")[0].split(":")[0])
                 _copy(command_parser(function, f"agglom data {writer}"), leaf)
-        elif name == "fit":
-            _copy(_fit_parser(), branch)
+        elif name in ("fit", "finetune"):
+            _copy(_fit_parser() if name == "fit" else _finetune_parser(), branch)
         elif name in ("check", "mmseg"):
             _files(branch.add_argument("files", nargs="*"))
         else:
@@ -54,20 +54,32 @@ def tree() -> argparse.ArgumentParser:
     return root
 
 
-def _fit_parser() -> Any:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.cli import LightningArgumentParser
+def _finetune_parser() -> Any:
+    from agglom.data import ShardDataModule
+    from agglom.finetune import Classifier, FinetuneCLI
 
+    return _lightning_parser(FinetuneCLI, Classifier, ShardDataModule)
+
+
+def _fit_parser() -> Any:
     from agglom.data import ShardDataModule
     from agglom.distiller import Distiller
     from agglom.fit import FitCLI
 
+    return _lightning_parser(FitCLI, Distiller, ShardDataModule)
+
+
+def _lightning_parser(cli: Any, model: type, data: type) -> Any:
+    """Of a command that is Lightning's CLI."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.cli import LightningArgumentParser
+
     parser = LightningArgumentParser()
     for key, text in FIT.items():
         parser.add_argument(f"--{key}", help=text)
-    for section, cls in (("model", Distiller), ("data", ShardDataModule), ("trainer", Trainer)):
+    for section, cls in (("model", model), ("data", data), ("trainer", Trainer)):
         parser.add_class_arguments(cls, section)
-    FitCLI.add_arguments_to_parser(FitCLI.__new__(FitCLI), parser)
+    cli.add_arguments_to_parser(cli.__new__(cli), parser)
     return parser
 
 
