@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from torch.distributed.tensor import DTensor
 
 from agglom.errors import UserError, nearest
 
@@ -30,7 +29,8 @@ def build_optimizer(
     info = get_optimizer_info(name)
     options: dict[str, Any] = {"betas": betas} if info.has_betas else {}
     kind: Any = info.opt_class
-    sharded = any(isinstance(p, DTensor) for group in groups for p in group["params"])  # only Adam's kernel takes those
+    # of the fused kernels only Adam's takes DTensors, which are told here without importing them
+    sharded = any(hasattr(p, "full_tensor") for group in groups for p in group["params"])
     fused = "fused" in inspect.signature(kind).parameters and (not sharded or issubclass(kind, torch.optim.Adam))
     if fused:
         options["fused"] = True

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-
 from agglom.errors import UserError
 
 
@@ -23,6 +20,9 @@ def shard(distiller: Any, mesh: Any) -> None:
     Raises:
         UserError: averaged weights, objectives or a balance that learns: they need the weights whole on each rank.
     """
+    from torch.distributed.fsdp import fully_shard  # takes a while to import
+    from torch.distributed.tensor import DTensor
+
     whole = {
         "model.ema_decay": (distiller.ema is not None, "null"),
         "model.objectives": (len(distiller.objectives) > 0, "none"),

@@ -51,9 +51,10 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
     """
     try:
         tree = yaml.compose(text, yaml.SafeLoader)
-        if tree is not None:
-            _weigh(tree, {}, 0)
-        return yaml.safe_load(text), tree
+        if tree is None:
+            return None, None
+        _weigh(tree, {}, 0)
+        return yaml.constructor.SafeConstructor().construct_document(tree), tree  # type: ignore[no-untyped-call]
     except UserError:
         raise
     except RecursionError as err:
