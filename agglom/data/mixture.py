@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from agglom.data.crops import MultiCrop
-from agglom.data.ranks import Slot, slot_of
 from agglom.data.streams import TrainStream
 from agglom.data.views import View
 from agglom.draws import keyed
@@ -141,14 +140,12 @@ class MixedStream(IterableDataset):
         self.rank, self.world_size = self.streams[0].rank, self.streams[0].world_size
         self.batch = 0
         self.taken = 0
-        self._round = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._resumed: tuple[int, list[int]] = (-1, [])
-        self._turn = 0
 
     @property
     def round(self) -> int:
-        """How often the stream was begun."""
-        return int(self._round)
+        """How often the stream was begun: each of its streams, as often."""
+        return self.streams[0].round
 
     @property
     def drawn(self) -> list[int]:
@@ -190,20 +187,15 @@ class MixedStream(IterableDataset):
 
     def begin(self) -> None:
         """See `TrainStream`."""
-        self._round += 1
         for stream in self.streams:
             stream.begin()
 
     def resume(self, number: int, drawn: Sequence[Any], turn: int) -> None:
         """See `TrainStream`; `drawn` is that of each reader, 0 for one that has drawn nothing."""
         drawn = [reader or [0] * (1 + len(self.streams)) for reader in drawn]
-        self._round.fill_(number - 1)
-        self._resumed, self._turn = (number, [reader[0] for reader in drawn]), turn
+        self._resumed = number, [reader[0] for reader in drawn]
         for index, stream in enumerate(self.streams):
             stream.resume(number, [reader[1 + index] for reader in drawn], turn)
-
-    def slot(self) -> Slot:
-        return slot_of(self.rank, self.world_size, self._turn if self.round == self._resumed[0] else 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if get_worker_info() is None:
@@ -212,7 +204,7 @@ class MixedStream(IterableDataset):
 
     def samples(self) -> Iterator[dict[str, Any]]:
         """The samples of this reader in the round that has begun."""
-        slot = self.slot()
+        slot = self.streams[0].slot()
         number, positions = self._resumed
         self.taken = positions[slot.worker] if number == self.round else 0
         readers = [stream.samples() for stream in self.streams]
