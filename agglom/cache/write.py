@@ -159,9 +159,8 @@ def _write_file(plan: Plan, split: str, shard: ShardInfo, path: Path, rank: int)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, scratch, metadata=about)
-        scratch.chmod(
-            path.parent.stat().st_mode & 0o666
-        )  # safetensors keeps them to their owner; readers as the folder has
+        # safetensors keeps a file to its owner; who may read the folder may read this
+        scratch.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(scratch, path)
     except OSError as err:
         with suppress(OSError):

@@ -9,11 +9,11 @@ from typing import Any, Mapping, Sequence, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from agglom.callbacks.spikes import LossSpikes
+from agglom.data.ranks import of_all_ranks
 from agglom.diagnostics import spread
 from agglom.errors import UserError
 from agglom.features import Features
@@ -160,7 +160,7 @@ class Guard(pl.Callback):
             return
         for module in {id(m): m for m, _ in self._statistics if isinstance(m, Statistics)}.values():
             module.recount()
-        for step in _of_all_ranks([_told(step) for step in found]):
+        for step in _merged([_told(step) for step in found]):
             self.skipped += 1
             self._report(trainer, step)
 
@@ -248,14 +248,10 @@ def _told(step: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_all_ranks(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same steps with what broke on any rank, and the images of all ranks where it did."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return steps
-    ranks: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranks, steps)
     out = []
-    for same in zip(*ranks, strict=True):
+    for same in zip(*of_all_ranks(steps), strict=True):
         guilty = [step for step in same if step["broken"] != ["the gradient"]] or list(same)
         broken = list(dict.fromkeys(name for step in guilty for name in step["broken"]))
         out.append({**guilty[0], "broken": broken, "keys": [key for step in guilty for key in step["keys"]]})

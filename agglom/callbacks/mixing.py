@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agglom.data import GapOptions, follow
+from agglom.data.ranks import of_all_ranks
 from agglom.targets.moments import accumulator, sum_over_ranks
 
 
@@ -79,12 +80,7 @@ class Mixing(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of each rank; all call it together."""
-        here = {name: x.cpu() for name, x in self._sums.items()}
-        ranks = [here]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [here] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, here)
-        return {"ranks": ranks}
+        return {"ranks": of_all_ranks({name: x.cpu() for name, x in self._sums.items()})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["ranks"]

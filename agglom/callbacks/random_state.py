@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
+from agglom.data.ranks import of_all_ranks
 from agglom.draws import keyed
 
 
@@ -23,12 +24,7 @@ class RandomState(pl.Callback):
         self._restored: list[dict[str, Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        here = capture()
-        ranks = [here]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [here] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, here)
-        return {"ranks": ranks}
+        return {"ranks": of_all_ranks(capture())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["ranks"]

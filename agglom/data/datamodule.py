@@ -8,7 +8,6 @@ import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 
 from agglom.data.batches import Batches
@@ -17,6 +16,7 @@ from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
 from agglom.data.mixture import GapOptions, MixedStream, Shares, Source, shares_of
 from agglom.data.processes import readers
+from agglom.data.ranks import of_all_ranks
 from agglom.data.samples import check_fields
 from agglom.data.streams import Cached, TrainStream, train_stream
 from agglom.data.views import EvalView, TrainView
@@ -327,9 +327,7 @@ class ShardDataModule(LightningDataModule):
         order = self._order_before
         if self._source is not None and self._stream is not None:
             drawn = self._source.position(batches)
-            everyone = [drawn] * self.world_size
-            if self.world_size > 1 and torch.distributed.is_initialized():
-                torch.distributed.all_gather_object(everyone, drawn)
+            everyone = of_all_ranks(drawn)
             place: dict[str, Any] = {
                 "start": self._stream.start,
                 "round": self._stream.round,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import get_worker_info
@@ -34,3 +34,12 @@ def distributed() -> tuple[int, int]:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
+
+
+def of_all_ranks(here: Any) -> list[Any]:
+    """An object of each rank, in their order; all ranks call it together. Alone: `[here]`."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [here]
+    ranks = [here] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, here)
+    return ranks
