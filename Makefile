@@ -10,7 +10,7 @@ GARMENTS := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 demo: $(VENV)/installed garments
 	$(BIN)/agglom demo
 
-test: $(VENV)/installed-dev $(VENV)/installed-axe garments browser
+test: $(VENV)/installed-dev $(VENV)/installed-axe $(VENV)/installed-transformers garments browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread; with more threads they fight
 
 lint: $(VENV)/installed-dev
@@ -58,6 +58,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 # axe-core checks the report's accessibility. The package carries it, and would bring a browser of its own along.
 $(VENV)/installed-axe: $(VENV)/installed-dev
 	-$(BIN)/python -m pip install --quiet --no-deps axe-playwright-python==0.1.8 && touch $@
+
+# The tests load exports through transformers' TimmWrapper. It stays out of the environment, because torchmetrics would
+# import it in every command; its own requirements are there without it.
+$(VENV)/installed-transformers: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/transformers "transformers>=4.48" "tokenizers>=0.22"
+	touch $@
 
 # The report is tested in Chromium where there is one, or where Debian's can be installed; else these tests are skipped.
 browser:

@@ -1,5 +1,8 @@
 """transformers' TimmWrapper on an export's folder as it is: the student's features, and the right preprocessing."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from agglom.distiller import Distiller
 from agglom.students import TimmStudent
 from agglom.teachers import manifest
 
+sys.path.append(str(Path(sys.prefix) / "transformers"))  # `make test` installs it there
 transformers = pytest.importorskip("transformers")
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
