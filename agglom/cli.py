@@ -1,4 +1,4 @@
-"""The `agglom` command: names, arguments and exit codes. Each command is one function in `agglom.commands`."""
+"""The `agglom` command: names, arguments and exit codes. Commands are functions of `agglom.commands`."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def _run(name: str, args: list[str]) -> None:
         commands.check(args)
         return
     if name == "data":
-        writers = {name: getattr(commands, f"data_{name}") for name in DATA}
+        from agglom import data_commands
+
+        writers = {name: getattr(data_commands, name) for name in DATA}
         if not args or args[0] not in writers:
             given = args[0] if args else "nothing"
             if given in ("-h", "--help"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, get_args, get_origin
 
-from agglom import commands
+from agglom import commands, data_commands
 from agglom.cli import COMMANDS, DATA, command_parser
 from agglom.errors import UserError, nearest
 
@@ -42,7 +42,7 @@ def tree() -> argparse.ArgumentParser:
         if name == "data":
             leaves = branch.add_subparsers()
             for writer in DATA:
-                function = getattr(commands, f"data_{writer}")
+                function = getattr(data_commands, writer)
                 leaf = leaves.add_parser(writer, help=function.__doc__.split(".")[0].split(":")[0])
                 _copy(command_parser(function, f"agglom data {writer}"), leaf)
         elif name in ("fit", "finetune"):

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from agglom import commands
+from agglom import commands, data_commands
 from agglom.checks import check_config, numbers, read_yaml
 from agglom.cli import COMMANDS, DATA, _named, command_parser, main
 from agglom.errors import UserError
@@ -93,7 +93,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
         absent = ("data.data", "data.cache", "trainer.default_root_dir", "ckpt_path")
         assert not [line for line in problems if not line.startswith(absent)], problems
         return
-    function = getattr(commands, f"data_{args.pop(0)}" if name == "data" else name)
+    function = getattr(data_commands, args.pop(0)) if name == "data" else getattr(commands, name)
     key = function.__name__.removeprefix("data_")
     assert name != "data" or key in DATA
     command_parser(function, f"agglom {name}").parse_args(_named(key, args))
