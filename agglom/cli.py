@@ -19,6 +19,7 @@ COMMANDS = {
     "data": "write shards: agglom data scenes|imagefolder|coco|ade|voc|csv; agglom data verify finds broken ones",
     "cache": "run the teachers over shards once and keep their features",
     "probe": "evaluate frozen backbones on shards",
+    "embed": "a model's vectors of a split, with keys and labels, as .npz or .parquet",
     "report": "report.json -> report.md and report.html",
     "export": "checkpoint -> timm-loadable folder with adaptors and model card",
     "finetune": "train a classifier on an export, with layer-wise decay of the learning rate",

@@ -107,6 +107,34 @@ def probe(
         raise UserError("give --run DIR, or --model REF with --data DIR and --out DIR")
 
 
+def embed(
+    model: str,
+    data: str,
+    out: str,
+    split: str = "train",
+    size: int | None = None,
+    limit: int | None = None,
+    adaptor: str | None = None,
+) -> None:
+    """Write a model's vectors of each image of a split, with keys and labels, as .npz or .parquet.
+
+    A killed run is continued by running it again; under torchrun or SLURM every process does its share.
+
+    Args:
+        model: timm:NAME, open_clip:NAME/TAG, sam:NAME, tiny:NAME, or the path of an export or a run.
+        data: shard folder.
+        out: the file; .parquet needs pyarrow (pip install 'agglom[parquet]').
+        split: of the data.
+        size: pixels of a side that images are resized and cropped to; left out: they have one size already.
+        limit: only the first so many images.
+        adaptor: the teacher in whose space the vectors are; left out: the model's own.
+    """
+    from agglom.probing import embed_model
+
+    if said := embed_model(model, data, out, split=split, size=size, limit=limit, adaptor=adaptor):
+        print(said)
+
+
 def report(dirs: list[str]) -> None:
     """Write report.md and report.html again from report.json; several folders give a comparison.
 

@@ -1,14 +1,17 @@
-"""`agglom probe`: which models meet which data, under which name."""
+"""`agglom probe` and `agglom embed`: which models meet which data, under which name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence, cast
+
+import torch
 
 from agglom.data import read_index
+from agglom.data.ranks import distributed
 from agglom.export import Exported, random_like, write_card
 from agglom.features import Backbone, TextTower
-from agglom.probes import run_probes, write_report
+from agglom.probes import run_probes, write_embeddings, write_report
 from agglom.runs import load_run, resolve
 
 STUDENT, RANDOM = "student", "random"
@@ -89,6 +92,22 @@ def probe_models(
         seed=seed,
     )
     return write_report(Path(out))
+
+
+def embed_model(ref: str, data: str, out: str, **options: Any) -> str:
+    """Vectors of a model by reference, computed on an accelerator where there is one.
+
+    Args:
+        ref, data, out, options: see `agglom.probes.write_embeddings`.
+
+    Returns:
+        what was written, in a line; empty in all processes but the first.
+    """
+    model, (rank, world_size) = resolve(ref), distributed()
+    if torch.accelerator.is_available():
+        device = f"{torch.accelerator.current_accelerator()}:{rank % torch.accelerator.device_count()}"
+        cast(torch.nn.Module, model).to(device)
+    return write_embeddings(model, data, out, name=ref, rank=rank, world_size=world_size, **options)
 
 
 def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:

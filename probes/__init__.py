@@ -5,6 +5,7 @@ if __name__ == "probes":
 
 from agglom.probes.base import Probe, Result, Subject
 from agglom.probes.detection import DetectionProbe
+from agglom.probes.embed import write_embeddings
 from agglom.probes.features import FeatureSet, Targets
 from agglom.probes.fidelity import FidelityProbe
 from agglom.probes.fingerprint import weights_hash
@@ -53,5 +54,6 @@ __all__ = [
     "splits_of",
     "weights_hash",
     "write_comparison",
+    "write_embeddings",
     "write_report",
 ]

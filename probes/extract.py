@@ -176,7 +176,7 @@ class _Pass:
             if tuple(sample["image"].shape[-2:]) != self.size:
                 raise UserError(
                     f"{self.source.root}: split {self.split!r}, sample {sample['key']} is "
-                    f"{tuple(sample['image'].shape[1:])} pixels and another {self.size}; give the probes one size, for "
+                    f"{tuple(sample['image'].shape[1:])} pixels and another {self.size}; give them one size, for "
                     "example size: 224"
                 )
         return samples
@@ -229,7 +229,7 @@ def _forward(want: Wanted, images: Tensor, name: str) -> Answer:
         with torch.inference_mode():
             return ask(want.model, pixels, blocks=want.blocks, adaptors=want.adaptors)
     except ValueError as err:  # the input contract speaks of sizes
-        raise UserError(f"model {name}: {err}; give the probes a size that fits") from err
+        raise UserError(f"model {name}: {err}; give it a size that fits") from err
 
 
 def _vectors(name: str, features: Features, spatial: bool) -> Arrays:
@@ -367,7 +367,7 @@ def _safe(name: str) -> str:
 
 def _progress(split: str, done: int, rows: int, models: int, seconds: float, *, last: bool = False) -> None:
     rate = done / max(seconds, 1e-9)
-    line = f"features of {models} models, {split}: {done}/{rows} images, {rate:.0f} images/s"
+    line = f"features of {models} model{'s' * (models > 1)}, {split}: {done}/{rows} images, {rate:.0f} images/s"
     if sys.stderr.isatty():
         print(f"\r{line}", end="\n" if last else "", file=sys.stderr, flush=True)
     elif last:

@@ -55,7 +55,7 @@ def test_every_option_is_there(capsys):
     """The tree has the options that each command's own help names."""
     branches = next(action.choices for action in tree()._actions if isinstance(action.choices, dict))
     assert set(branches) == set(COMMANDS)
-    for name in ("info", "probe", "export"):
+    for name in ("info", "probe", "embed", "export"):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         helped = capsys.readouterr().out

@@ -100,23 +100,25 @@ def test_commands_parse(words, tmp_path, monkeypatch):
 
 
 RUN = [["info", "runs/demo"], ["report", "runs/demo"], ["data", "verify", "data/scenes"], ["info"]]
+LIGHT = ("export", "embed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [line for line in shell_lines() if line.values[0] in RUN or line.values[0][0] == "export"]
+    "words", [line for line in shell_lines() if line.values[0] in RUN or line.values[0][0] in LIGHT]
 )
 def test_light_commands_run(words, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
-    if "--onnx" in words:
-        pytest.importorskip("onnxruntime")
+    if words[0] == "embed" and "backbone" in words:  # tests come in any order, in several processes
+        main(["export", "--ckpt", "runs/demo", "--out", "backbone"])
+    for word, package in (("--onnx", "onnxruntime"), ("photos.parquet", "pyarrow")):
+        if word in words:
+            pytest.importorskip(package)
     main([word for word in words])
     assert capsys.readouterr().out.strip()
 
 
-PYTHON = [
-    page for page in EVERYWHERE if docs_blocks.blocks(page, "python") and page.stem not in ("extending", "export")
-]
+PYTHON = [page for page in EVERYWHERE if docs_blocks.blocks(page, "python") and page.stem != "extending"]
 
 
 @pytest.mark.slow
@@ -125,12 +127,20 @@ def test_python_runs(page, place, monkeypatch):
     """The blocks of a page, one after the other, in one namespace."""
     monkeypatch.chdir(place)
     names = {"__name__": page.stem, "images": torch.rand(2, 3, 64, 64)}
+    if page.stem == "export":  # what its commands leave
+        main(["export", "--ckpt", "runs/demo", "--out", "backbone"])
+        main(["embed", "--model", "backbone", "--data", "data/scenes", "--out", "train.npz"])
     for block in docs_blocks.blocks(page, "python"):
         exec(compile(block.text, f"{page.name}:{block.text[:40]!r}", "exec"), names)
     if page.stem == "python":
         assert {"clip", "dino", "sam"} == set(names["exported"].adaptors)
         assert names["per_image"].shape == (4,) and names["trainer"].global_step == 4
         assert json.loads(Path("probed/report.json").read_text())["models"]["student"]["knn"]
+    if page.stem == "export":
+        assert [x.shape[1] for x in names["maps"](names["images"])] == [32, 32, 64, 128, 256]
+        assert names["classifier"](names["images"]).shape == (2, 10) and names["logits"].shape == (2, 2)
+        assert names["sam"].shape[-2:] == (64, 64) and names["vectors"].shape == (96, 256)
+        assert set(names["detector"].eval()(list(names["images"]))[0]) == {"boxes", "labels", "scores"}
 
 
 def merged(base, part):
