@@ -24,6 +24,7 @@ from agglom.features import Backbone, align, ask, resize, sides
 
 FINEST = 4  # pixels; a cell of the finest map of a pyramid made of one map
 LEVELS = 4
+ANCHORED = 5  # maps that torchvision's own anchors are for
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -90,7 +91,8 @@ class DetectionBackbone(nn.Module):
     Args:
         model: any teacher, student or export that has a feature map.
         channels: of each map.
-        pool: one more map, twice as coarse as the coarsest: what torchvision's own choice of anchors counts on.
+        pool: so many more maps, each twice as coarse as the one before; None: as many as make five, which torchvision's
+            own choice of anchors counts on.
         frozen: leave the model as it is; False trains it along, which no teacher allows.
 
     Raises:
@@ -100,14 +102,14 @@ class DetectionBackbone(nn.Module):
     model: Backbone
     strides: list[int]
 
-    def __init__(self, model: Backbone, *, channels: int = 256, pool: bool = True, frozen: bool = True) -> None:
+    def __init__(self, model: Backbone, *, channels: int = 256, pool: int | None = None, frozen: bool = True) -> None:
         super().__init__()
         self.frozen_model = frozen
         if frozen:
             self.__dict__["model"] = model  # not a submodule: neither trained nor saved
         else:
             self.model = model
-        self.out_channels, self.pool = channels, pool
+        self.out_channels = channels
         self.stride = 2 ** round(math.log2(model.input.stride))
         self.map_strides = [self.stride]  # of the model's own maps, until they are known
         with torch.no_grad():
@@ -121,7 +123,9 @@ class DetectionBackbone(nn.Module):
             if len(maps) == 1
             else TopDownPyramid(widths=widths, strides=self.map_strides, channels=channels)
         )
-        self.strides = [*self.pyramid.strides, *([2 * self.pyramid.strides[-1]] if pool else [])]
+        self.strides = list(self.pyramid.strides)
+        self.pool = max(0, ANCHORED - len(self.strides)) if pool is None else int(pool)
+        self.strides += [2 ** (i + 1) * self.strides[-1] for i in range(self.pool)]
         self.to(_device(model))
 
     def canvas(self, side: int) -> tuple[int, int]:
@@ -162,12 +166,13 @@ class DetectionBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """(B, 3, H, W) in [0, 1], H and W multiples of the coarsest stride or of `canvas` -> "0", "1", ... finest
-        first, and "pool": (B, out_channels, ceil(H / stride), ceil(W / stride)) each."""
+        first, and "pool", "pool1", ...: (B, out_channels, ceil(H / stride), ceil(W / stride)) each."""
         maps = [scale(x) for scale, x in zip(self.scale, self.maps(images), strict=True)]
         levels = self.pyramid(maps)
         out = OrderedDict((str(i), x) for i, x in enumerate(levels))
-        if self.pool:
-            out["pool"] = nn.functional.max_pool2d(levels[-1], 1, 2)
+        coarsest = levels[-1]
+        for i in range(self.pool):
+            out[f"pool{i or ''}"] = coarsest = nn.functional.max_pool2d(coarsest, 1, 2)
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DetectionBackbone:
@@ -177,7 +182,7 @@ class DetectionBackbone(nn.Module):
 
 
 def detection_backbone(
-    path: str | Path, *, channels: int = 256, pool: bool = True, frozen: bool = True
+    path: str | Path, *, channels: int = 256, pool: int | None = None, frozen: bool = True
 ) -> DetectionBackbone:
     """An export as the backbone of a torchvision detector.
 

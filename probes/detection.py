@@ -149,7 +149,9 @@ class _Task:
 
     def backbone(self) -> Remembering:
         """A new pyramid over the model."""
-        return Remembering(self.subject.model, channels=self.probe.channels, pool=self.probe.detector == "fasterrcnn")
+        return Remembering(
+            self.subject.model, channels=self.probe.channels, pool=int(self.probe.detector == "fasterrcnn")
+        )
 
     def train(self, lr: float) -> tuple[nn.Module, list[tuple[float, float]]]:
         """A trained detector, and its loss over the steps."""
@@ -228,7 +230,7 @@ class Remembering(DetectionBackbone):
     keys: Sequence[Any] | None = None
     kept: dict[Any, tuple[Tensor, ...]]
 
-    def __init__(self, model: Backbone, *, channels: int, pool: bool) -> None:
+    def __init__(self, model: Backbone, *, channels: int, pool: int) -> None:
         self.__dict__["kept"] = {}
         super().__init__(model, channels=channels, pool=pool)
 

@@ -83,7 +83,7 @@ class FpnSegmenter(Segmenter):
         from agglom.detection import DetectionBackbone
 
         super().__init__()
-        self.backbone = DetectionBackbone(model, channels=channels, pool=False)
+        self.backbone = DetectionBackbone(model, channels=channels, pool=0)
         self.crop = max(self.backbone.canvas(side))
         self.stride = self.backbone.stride
         self.branches = nn.ModuleList(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 
 import agglom
 from agglom.adaptors import MLPAdaptor
@@ -88,6 +88,22 @@ def test_the_map_goes_through_tiny_sams_decoder(folder):
     logits = decoder(images, weights, where)
     assert logits.shape == (2, 5, 32, 32) and seen[0].shape == (2, 192, 8, 8)
     assert not torch.allclose(logits[0], logits[1], atol=1e-3), "the map of each image counts"
+
+
+@pytest.mark.parametrize("options", [{}, {"output_stride": 8}, {"output_stride": 16}])
+def test_torchvisions_own_anchors_fit_any_cnn(options, tiny_teachers, tmp_path):
+    """A student that keeps a fine grid has two or three maps of its own; the others are pooled."""
+    student = TimmStudent(name="resnet10t", kwargs={"channels": [8, 16, 24, 32], **options})
+    module = Distiller(student, tiny_teachers("clip")).eval()
+    export_module(module, tmp_path / "export", manifest(dict(module.encoders.items())), 64, 7)
+    backbone = agglom.detection_backbone(tmp_path / "export", channels=32)
+    assert backbone.strides == [4, 8, 16, 32, 64]
+    images, shared = [torch.rand(3, 64, 64), torch.rand(3, 48, 64)], {"min_size": 64, "max_size": 64}
+    for kind in (FasterRCNN, FCOS, RetinaNet):
+        detector = kind(backbone, 3, image_mean=[0.0] * 3, image_std=[1.0] * 3, **shared).eval()
+        assert set(detector(images)[0]) == {"boxes", "labels", "scores"}
+    sizes = [x.shape[-1] for x in backbone(torch.rand(1, 3, 64, 64)).values()]
+    assert sizes == [16, 8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("frozen", [True, False])
