@@ -325,14 +325,20 @@ def _output(trainer: dict[str, Any]) -> Iterator[str]:
 
 def _memory(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
     """Remembered teachers have seen one view of each image, so there must be only one."""
-    view: dict[str, Any] = {"scale": (), "ratio": (), "flip": 0.5} | _section(data, "view")
-    if not all(isinstance(view[key], (list, tuple)) for key in ("scale", "ratio")):
-        return  # said already
-    fixed = view["flip"] == 0 and all(list(view[key]) == [1, 1] for key in ("scale", "ratio"))
-    if model.get("remember_teachers") is True and not fixed:
+    from agglom.data import view_options
+
+    try:
+        view = view_options(_section(data, "view"))
+        view.view(1)
+    except UserError as err:
+        yield f"data.{err}; change it"
+        return
+    except (TypeError, ValueError, AttributeError):  # said already
+        return
+    if model.get("remember_teachers") is True and not view.fixed:
         yield (
-            "model.remember_teachers: true, but data.view crops or flips; valid: false, or a fixed view; "
-            "set data.view: {scale: [1, 1], ratio: [1, 1], flip: 0}"
+            "model.remember_teachers: true, but data.view crops, flips or changes colours; valid: false, or a fixed "
+            "view; set data.view: {scale: [1, 1], ratio: [1, 1], flip: 0}"
         )
 
 
@@ -383,7 +389,7 @@ def _split(
             at_fault = name if split not in index.splits else "fields"
             yield f"data.{at_fault}: {str(err).removeprefix('fields: ')}; change data.{at_fault}"
             return
-    workers = data.get("num_workers", 1)
+    workers = data.get("num_workers", "auto")
     workers = 1 if workers == "auto" else workers
     if trained is not None and isinstance(workers, int) and workers >= 0:
         yield from validate_layout(index, trained, num_workers=workers, world_size=_world(trainer))

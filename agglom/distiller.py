@@ -16,6 +16,7 @@ from agglom.aside import Aside
 from agglom.balance import Balance, Equal
 from agglom.callbacks.ema import EMASchedule, WeightEMA
 from agglom.callbacks.guard import Guard
+from agglom.data import arrived
 from agglom.diagnostics import RankMe, gradient_shares, teacher_metrics
 from agglom.errors import UserError
 from agglom.features import Dims, Features, StudentFeatures, sides
@@ -441,9 +442,5 @@ class Distiller(pl.LightningModule):
             module.compile()
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Pixels travel as uint8 and become floats in [0, 1] on the device."""
-        if batch["image"].dtype == torch.uint8:
-            batch["image"] = batch["image"].float().div_(255)
-        if "crops" in batch:
-            batch["crops"] = {kind: x.float().div_(255) for kind, x in batch["crops"].items()}
-        return batch
+        """See `agglom.data.arrived`."""
+        return arrived(batch)

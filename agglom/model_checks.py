@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from agglom.adaptors import Adaptor
+from agglom.cache.check import grid_problems
 from agglom.data.crops import CropOptions
 from agglom.data.crops import problems as crop_problems
 from agglom.errors import UserError
@@ -43,6 +44,8 @@ def model_problems(model: dict[str, Any], data: dict[str, Any], stages: list[Sta
         for key, pixels in resolutions:
             yield from _fits(student, key, pixels)
         yield from _margin(student, model, data)
+        if isinstance(size := data.get("size"), int):
+            yield from grid_problems({"model": model, "data": data}, student.input.grid((size, size)))
         yield from _needs(student, model, data)
     configs: dict[str, Any] = {}
     entries = model.get("teachers")

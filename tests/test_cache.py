@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from agglom.cache import FeatureReader, Miss, read_cache_index
-from agglom.cache.check import cache_problems
+from agglom.cache.check import cache_problems, grid_problems
 from agglom.cache.command import cache_teachers
 from agglom.checks import check_config
 from agglom.cli import main
-from agglom.data import ShardDataModule
+from agglom.data import ShardDataModule, view_options
 from agglom.data.streams import eval_stream
 from agglom.distiller import Distiller
 from agglom.errors import UserError
@@ -106,6 +106,24 @@ def test_features_are_those_of_the_very_views_in_the_batch(scenes, written):
     assert batch["features"]["sam"].keys() == {"spatial"}
 
 
+def test_views_with_colours_are_made_again_too(scenes, tmp_path):
+    """Jitter, grey and blur of each view are stored with it; their cache is no cache of plain views."""
+    colours = {"jitter": 1.0, "grayscale": 0.3, "blur": 0.5}
+    value = config(scenes, view={"colours": colours})
+    cache_teachers(value, tmp_path / "cache", **OPTIONS)
+    data, batch = first_batch(scenes, tmp_path / "cache", view=view_options({"colours": colours}))
+    data.train_view.aside = True  # what an accelerator would set if it might
+    assert "colours" not in batch
+    own = TinyTeacher("clip")(batch["image"].float() / 255)
+    torch.testing.assert_close(batch["features"]["clip"]["spatial"], own.spatial, atol=2e-5, rtol=1e-5)
+    stored = load_file(tmp_path / "cache" / "train-000000.safetensors")["colours"]
+    assert stored.shape == (32, 2, 11) and len(stored.flatten(0, 1).unique(dim=0)) == 64
+    value["data"]["cache"] = str(tmp_path / "cache")
+    assert list(cache_problems(value, stages=False)) == []
+    (line,) = cache_problems(config(scenes, cache=str(tmp_path / "cache")), stages=False)
+    assert line.startswith("data.view.colours: None, but the features of data.cache")
+
+
 def test_views_differ_between_and_within_samples_and_all_are_used(scenes, written):
     reader = FeatureReader(read_cache_index(written()))
     stored = load_file(reader.index.path("train-000000.tar"))
@@ -186,6 +204,12 @@ def other_teacher(path):
     save_file(tensors, path, metadata={**meta, "sha256 clip": "0" * 64})
 
 
+def other_views(path):
+    """As if it were of another seed, grid, or way to cut views."""
+    tensors, meta = load_file(path), metadata(path)
+    save_file(tensors, path, metadata={**meta, "recipe": "0" * 64})
+
+
 def metadata(path):
     from safetensors import safe_open
 
@@ -200,6 +224,7 @@ FAULTS = {
     "stale": (another_image, "its image has changed since"),
     "key": (other_keys, "no features"),
     "foreign": (other_teacher, "of another cache"),
+    "other views": (other_views, "of another cache"),
 }
 
 
@@ -307,6 +332,22 @@ def test_what_does_not_fit_the_cache_is_one_line(scenes, written, key):
     assert list(cache_problems(good, stages=False)) == []
     lines = list(cache_problems(merge(good, change), stages=False))
     assert len(lines) == 1 and lines[0].startswith(f"{key}: ") and f"valid: {valid}" in lines[0]
+
+
+def test_another_grid_is_one_line(scenes, written, tmp_path):
+    """Teachers of any size are shown images of as many cells as the student's map has."""
+    good = config(scenes, cache=str(written()))
+    assert list(grid_problems(good, (4, 4))) == list(grid_problems(good, (8, 8))) == [], "of one size"
+    good["data"]["cache"] = str(shutil.copytree(written(), tmp_path / "free"))
+    index = tmp_path / "free" / "cache.json"
+    body = json.loads(index.read_text())
+    body["teachers"]["clip"]["input"]["size"] = None
+    index.write_text(json.dumps(body))
+    assert list(grid_problems(good, (4, 4))) == []
+    (line,) = grid_problems(good, (8, 8))
+    assert line.startswith("model.student: a map of 8 x 8 cells, but") and "for one of 4 x 4" in line
+    finer = merge(good, {"model": {"student": {"init_args": {"kwargs": {**VIT, "patch_size": 8}}}}})
+    assert [line.split(":")[0] for line in check_config(finer)] == ["model.student"]
 
 
 def test_missing_caches_and_shards_are_one_line(scenes, written, tmp_path):

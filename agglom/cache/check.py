@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from inspect import signature
 from typing import Any, Iterator, Mapping
 
@@ -50,7 +51,12 @@ def cache_problems(config: Mapping[str, Any], stages: bool) -> Iterator[str]:
     except UserError as err:
         yield f"data.cache: {err}"
         return
-    view = {"scale": [0.4, 1.0], "ratio": [3 / 4, 4 / 3], "flip": 0.5} | dict(data.get("view") or {})
+    from agglom.data import view_options
+
+    try:
+        view = asdict(view_options(data.get("view") or {}))
+    except (TypeError, ValueError, AttributeError):  # said elsewhere
+        return
     split = data.get("train_split", "train")
     facts = {
         "data.size": (data.get("size"), index.size),
@@ -68,6 +74,28 @@ def cache_problems(config: Mapping[str, Any], stages: bool) -> Iterator[str]:
     if model.get("remember_teachers") is True:
         yield "model.remember_teachers: true, but data.cache remembers them already; valid: false; remove one"
     yield from _teachers(index, model.get("teachers") or {}, data.get("data"))
+
+
+def grid_problems(config: Mapping[str, Any], grid: tuple[int, int]) -> Iterator[str]:
+    """Whether cached teachers of any size were shown images for another map than the student's.
+
+    Args:
+        config: with `model.teachers` and `data.cache`.
+        grid: cells of the student's map at `data.size`.
+    """
+    try:
+        cached = cached_teachers(config)
+    except UserError:
+        return  # said by `cache_problems`
+    if not cached:
+        return
+    index = read_cache_index(config["data"]["cache"])
+    free = [name for name in cached if index.teachers[name]["input"]["size"] is None]
+    if free and index.grid != grid:
+        yield (
+            f"model.student: a map of {grid[0]} x {grid[1]} cells, but the features of teacher {free[0]} in data.cache "
+            f"{index.root} are for one of {index.grid[0]} x {index.grid[1]}; valid: the same; write another cache"
+        )
 
 
 def _teachers(index: CacheIndex, teachers: Mapping[str, Any], data: Any) -> Iterator[str]:

@@ -13,10 +13,8 @@ import torch
 from agglom.cache.layout import CacheIndex, Stored
 from agglom.cache.write import Plan, dry_run, write_cache
 from agglom.checks import Invalid, check_config, read_yaml
-from agglom.data import read_index
-from agglom.data.datamodule import ViewOptions
+from agglom.data import read_index, view_options
 from agglom.data.ranks import distributed
-from agglom.data.views import TrainView
 from agglom.errors import UserError, nearest
 from agglom.features import InputSpec
 from agglom.model_checks import on_meta
@@ -86,8 +84,7 @@ def _plan(
 ) -> Plan:
     data = content["data"]
     shards = read_index(data["data"])
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (data.get("view") or {}).items()}
-    view = ViewOptions(**options)
+    view = view_options(data.get("view") or {})
     student, problems = on_meta(content["model"]["student"], Student)
     if student is None:
         raise Invalid([f"model.student: {line}" for line in problems])
@@ -113,6 +110,7 @@ def _plan(
         dtype=dtype,
         pool=pool,
         seed=SEED,
+        grid=grid,
         splits={split: tuple(shard.file for shard in found if shard.count) for split, found in splits.items()},
         teachers={
             name: {
@@ -124,9 +122,8 @@ def _plan(
         },
         versions=known["versions"],
     )
-    train = TrainView(size=data["size"], **asdict(view))
     bad = data.get("max_bad_fraction", inspect.signature(_defaults()).parameters["max_bad_fraction"].default)
-    return Plan(index, shards, teachers, train, grid, batch, bad)
+    return Plan(index, shards, teachers, view.view(data["size"]), batch, bad)
 
 
 def _defaults() -> Any:

@@ -3,18 +3,21 @@
 A file has, for N samples and V views of each:
 
     windows              int32 (N, V, 5)        top, left, height, width, mirrored: the view, to be cut out again
+    colours              float32 (N, V, 11)     what happens to its colours (`agglom.data.colours`), where they change
     TEACHER/summary      (N, V, D)              features of that view in bf16, fp16, fp32 or int8
     TEACHER/spatial      (N, V, C, H, W)
     TEACHER/KIND/scale   float32 (D,) or (C,)   int8 only: the value of one step of each channel
     image_crc            int64 (N,)             crc32 of the encoded image, as it lies in the shard
-    crc                  int64 (N, V)           crc32 of a view's window and features
+    crc                  int64 (N, V)           crc32 of a view's window, colours and features
 
-and the samples' keys in its metadata. So a sample is found by its key, an image that has changed since is noticed, and
-so is every damaged byte that would be trained on.
+and in its metadata the samples' keys, each teacher's fingerprint and the `recipe` of the cache: a hash of all that
+decides what a teacher is shown. So a sample is found by its key, an image that has changed since is noticed, and so is
+every damaged byte that would be trained on, and every file that was made in another way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -28,7 +31,7 @@ from torch import Tensor
 from agglom.data.addresses import refuse_listed
 from agglom.errors import UserError, brief
 
-VERSION = 1
+VERSION = 2
 INDEX = "cache.json"
 DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
@@ -37,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
 }
 Stored = Literal["bf16", "fp16", "fp32", "int8"]
+SEEN = ("windows", "colours")  # what a view is
 
 
 class Miss(UserError):
@@ -50,11 +54,12 @@ class CacheIndex:
     Attributes:
         root: the folder.
         size: pixels of a side of the views.
-        view: how training views are drawn: scale, ratio, flip.
+        view: how training views are drawn: scale, ratio, flip, colours.
         views: V, of each training image; other splits have the one centred view.
         dtype: of what is stored.
         pool: cells of a map that were averaged into one, along each side.
         seed: of the views.
+        grid: cells of the student's map; teachers of any size were shown images of as many cells.
         splits: split -> names of its shards.
         teachers: name -> its manifest entry (source, sha256, licence, dims, input) with `class_path` and `init_args`.
         versions: of the libraries that computed it.
@@ -67,6 +72,7 @@ class CacheIndex:
     dtype: Stored
     pool: int
     seed: int
+    grid: tuple[int, int]
     splits: Mapping[str, tuple[str, ...]]
     teachers: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -75,6 +81,17 @@ class CacheIndex:
         """The file of a shard's features, by the last part of the shard's name: none lies outside of the folder."""
         name = shard.rpartition("/")[2]
         return Path(self.root) / f"{name.rpartition('.')[0] or name}.safetensors"
+
+    @property
+    def recipe(self) -> str:
+        """sha256 of what decides which pixels a teacher was shown, and how its answer was stored."""
+        shown = {name: [entry["input"], entry["shapes"]] for name, entry in self.teachers.items()}
+        how = [VERSION, self.size, self.view, self.views, self.dtype, self.pool, self.seed, self.grid, shown]
+        return hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
+
+    def about(self) -> dict[str, str]:
+        """What each file says of itself, besides its keys."""
+        return {"recipe": self.recipe, **{f"sha256 {name}": str(e["sha256"]) for name, e in self.teachers.items()}}
 
     def missing(self) -> list[str]:
         """Shards that have no features yet."""
@@ -125,6 +142,7 @@ def read_cache_index(root: str | Path) -> CacheIndex:
         raise UserError(f"{path}: not a feature cache of version {VERSION}; write it again")
     try:
         body["splits"] = {split: tuple(names) for split, names in body["splits"].items()}
+        body["grid"] = tuple(body["grid"])
         index = CacheIndex(root=os.fspath(root), **body)
         _check(index)
         return index
@@ -141,6 +159,8 @@ def _check(index: CacheIndex) -> None:
     for key in ("size", "views", "pool", "seed"):
         if type(getattr(index, key)) is not int:
             raise TypeError(f"{key} {getattr(index, key)!r:.40} is not a whole number")
+    if len(index.grid) != 2 or not all(type(cells) is int for cells in index.grid):
+        raise TypeError(f"grid {index.grid!r:.40} is not two whole numbers")
     if index.dtype not in DTYPES:
         raise ValueError(f"dtype {index.dtype!r:.40}; valid: {', '.join(DTYPES)}")
     if not index.teachers or not index.splits:

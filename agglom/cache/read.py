@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from agglom.cache.layout import DTYPES, CacheIndex, Miss, crc
+from agglom.cache.layout import DTYPES, SEEN, CacheIndex, Miss, crc
 from agglom.data.samples import image_bytes
 from agglom.data.streams import Cached
 from agglom.data.views import Window
@@ -62,8 +62,10 @@ class FeatureReader:
             row = file.rows[key]
             if zlib.crc32(image_bytes(raw)) != file.image_crc[row]:
                 raise Miss(f"{path}: sample {key}: its image has changed since; write the cache again")
-            windows = file.stored.get_slice("windows")[row : row + 1, view : view + 1]
-            found = {name: file.stored.get_slice(name)[row : row + 1, view : view + 1] for name in file.names}
+            seen, found = (
+                {name: file.stored.get_slice(name)[row : row + 1, view : view + 1] for name in names}
+                for names in (file.seen, file.names)
+            )
         except FileNotFoundError as err:
             raise Miss(f"{path}: missing, so sample {key} has no features; write the cache again") from err
         except (SafetensorError, OSError, ValueError, KeyError, IndexError) as err:
@@ -71,7 +73,7 @@ class FeatureReader:
             raise Miss(
                 f"{path}: sample {key}: can't be read ({err}); remove the file and write the cache again"
             ) from err
-        if crc([windows, *found.values()]) != file.crc[row][view]:
+        if crc([*seen.values(), *found.values()]) != file.crc[row][view]:
             raise Miss(f"{path}: sample {key}: damaged; remove the file and write the cache again")
         features: dict[str, dict[str, Tensor]] = {}
         for name, value in found.items():
@@ -80,8 +82,9 @@ class FeatureReader:
             if name in file.scales:
                 value = value.float() * file.scales[name].view(-1, *[1] * (value.ndim - 1))
             features.setdefault(teacher, {})[kind] = value
-        top, left, height, width, flip = windows.flatten().tolist()
-        return Window(top, left, height, width, bool(flip)), features
+        top, left, height, width, flip = seen["windows"].flatten().tolist()
+        colours = tuple(seen["colours"].flatten().tolist()) if "colours" in seen else None
+        return Window(top, left, height, width, bool(flip), colours), features
 
     def drawn(self, split: str, *, recompute: bool) -> Cached:
         """What a stream of this split asks for each sample's features: one of its views, drawn from the generator.
@@ -130,9 +133,7 @@ class _File:
             raise FileNotFoundError(path)
         self.stored = safe_open(path, "pt")
         meta = self.stored.metadata() or {}
-        about = {"dtype": index.dtype, "pool": str(index.pool), "size": str(index.size)}
-        about |= {f"sha256 {name}": entry["sha256"] for name, entry in index.teachers.items()}
-        if other := [f"{k} {meta.get(k)} instead of {v}" for k, v in about.items() if meta.get(k) != v]:
+        if other := [f"{k} {meta.get(k)} instead of {v}" for k, v in index.about().items() if meta.get(k) != v]:
             raise ValueError(f"of another cache: {'; '.join(other)}")
         self.rows = {key: row for row, key in enumerate(json.loads(meta["keys"]))}
         self.names = sorted(
@@ -141,4 +142,5 @@ class _File:
         self.image_crc = self.stored.get_tensor("image_crc").tolist()
         self.crc = self.stored.get_tensor("crc").tolist()
         there = set(self.stored.keys())
+        self.seen = [name for name in SEEN if name in there]
         self.scales = {n: self.stored.get_tensor(f"{n}/scale") for n in self.names if f"{n}/scale" in there}

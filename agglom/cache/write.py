@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agglom.cache.layout import DTYPES, CacheIndex, crc, read_cache_index
+from agglom.cache.layout import DTYPES, SEEN, CacheIndex, crc, read_cache_index
 from agglom.data.index import Index, ShardInfo
 from agglom.data.ranks import distributed
 from agglom.data.samples import image_bytes
 from agglom.data.streams import EvalStream
-from agglom.data.views import EvalView, View, Window
+from agglom.data.views import EvalView, View
 from agglom.draws import generator
 from agglom.errors import UserError
 from agglom.features import pooled
@@ -43,7 +43,6 @@ class Plan:
         data: the shards.
         teachers: name -> encoder.
         train: how training views are drawn; the first split has them.
-        grid: cells of the student's map, which teachers of any size are shown to match.
         batch: views a forward pass.
         max_bad_fraction: unreadable samples that are put up with; they have no features.
     """
@@ -52,7 +51,6 @@ class Plan:
     data: Index
     teachers: Mapping[str, Teacher]
     train: View
-    grid: tuple[int, int]
     batch: int = 64
     max_bad_fraction: float = 0.01
 
@@ -134,27 +132,20 @@ def _write_file(plan: Plan, split: str, shard: ShardInfo, path: Path, rank: int)
     records = list(_computed(plan, _records(plan, split, shard)))
     tensors: dict[str, Tensor] = {}
     if records:
-        tensors["windows"] = torch.tensor([record["windows"] for record in records], dtype=torch.int32)
+        drawn = [record["windows"] for record in records]
+        tensors["windows"] = torch.tensor([[[*map(int, w[:5])] for w in row] for row in drawn], dtype=torch.int32)
+        if drawn[0][0].colours is not None:
+            tensors["colours"] = torch.tensor([[w.colours for w in row] for row in drawn], dtype=torch.float32)
         tensors["image_crc"] = torch.tensor([record["image_crc"] for record in records], dtype=torch.int64)
         for name in list(records[0]["features"]):
             stacked = torch.stack([record["features"].pop(name) for record in records]).contiguous()
             tensors |= _quantised(name, stacked) if plan.index.dtype == "int8" else {name: stacked}
-        names = [name for name in sorted(tensors) if "/" in name and not name.endswith("/scale")]
-        views = tensors["windows"].shape[1]
-        tensors["crc"] = torch.tensor(
-            [
-                [crc([tensors["windows"][n, v], *(tensors[name][n, v] for name in names)]) for v in range(views)]
-                for n in range(len(records))
-            ],
-            dtype=torch.int64,
-        )
-    about = {
-        "keys": json.dumps([record["key"] for record in records]),
-        "dtype": plan.index.dtype,
-        "pool": str(plan.index.pool),
-        "size": str(plan.index.size),
-        **{f"sha256 {name}": str(entry["sha256"]) for name, entry in plan.index.teachers.items()},
-    }
+        names = [name for name in SEEN if name in tensors]
+        names += [name for name in sorted(tensors) if "/" in name and not name.endswith("/scale")]
+        views = range(len(drawn[0]))
+        checks = [[crc(tensors[name][n, v] for name in names) for v in views] for n in range(len(records))]
+        tensors["crc"] = torch.tensor(checks, dtype=torch.int64)
+    about = {"keys": json.dumps([record["key"] for record in records]), **plan.index.about()}
     scratch = path.with_name(f".{path.name}.rank{rank}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,8 +173,8 @@ def _records(plan: Plan, split: str, shard: ShardInfo) -> Iterator[Record]:
         yield {
             "key": sample["key"],
             "image_crc": zlib.crc32(image_bytes(raw)),
-            "windows": [[*map(int, window)] for window in windows],
-            "views": torch.stack([view.cut(image, Window(*window)) for window in windows]),
+            "windows": windows,
+            "views": torch.stack([view.cut(image, window) for window in windows]),
         }
 
 
@@ -207,7 +198,7 @@ def _features(plan: Plan, views: Tensor) -> dict[str, Tensor]:
     for chunk in views.split(plan.batch):
         for name, teacher in plan.teachers.items():
             images = chunk.to(teacher.device).float().div_(255)
-            found = look(teacher, teacher.input, images, resolution=size, grid=plan.grid)
+            found = look(teacher, teacher.input, images, resolution=size, grid=plan.index.grid)
             for kind, value in pooled(found, plan.index.pool)._asdict().items():
                 if value is None:
                     continue

@@ -24,6 +24,8 @@ _LAZY = {
     "decode_image": "agglom.data.samples",
     "eval_stream": "agglom.data.streams",
     "train_stream": "agglom.data.streams",
+    "arrived": "agglom.data.arrival",
+    "ColourOptions": "agglom.data.colours",
     "Loader": "agglom.data.loader",
     "eval_loader": "agglom.data.loader",
     "GapOptions": "agglom.data.mixture",
@@ -39,6 +41,7 @@ _LAZY = {
     "View": "agglom.data.views",
     "ShardDataModule": "agglom.data.datamodule",
     "ViewOptions": "agglom.data.datamodule",
+    "view_options": "agglom.data.datamodule",
 }
 
 __all__ = [*_LAZY]

@@ -14,8 +14,9 @@ from typing import Iterator
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
+from agglom.data import colours
+from agglom.data.colours import ColourOptions
 from agglom.data.views import TrainView
 from agglom.errors import UserError
 
@@ -24,10 +25,9 @@ from agglom.errors import UserError
 class CropOptions:
     """Sizes, numbers and augmentation of the crops, and when they begin.
 
-    Each crop is augmented by itself, in this order: colour jitter (brightness, contrast, saturation and hue in random
-    order), grey, blur, solarisation. Probabilities and strengths are DINO's, with one simplification: it treats its two
-    global crops differently (blur 1.0 and 0.1, solarisation 0 and 0.2), here both have the mean of the two. Local crops
-    are blurred with its 0.5 and never solarised.
+    Each crop's colours change by themselves (`ColourOptions`). Probabilities and strengths are DINO's, with one
+    simplification: it treats its two global crops differently (blur 1.0 and 0.1, solarisation 0 and 0.2), here both
+    have the mean of the two. Local crops are blurred with its 0.5 and never solarised.
 
     Attributes:
         global_size: height and width of global crops, in pixels.
@@ -38,13 +38,8 @@ class CropOptions:
         local_scale: the same for local crops.
         ratio: least and greatest width / height of a crop before it is resized to a square.
         flip: probability of mirroring left and right.
-        jitter: probability of colour jitter.
-        strengths: of the jitter in brightness, contrast and saturation (a factor from 1 - s to 1 + s) and in hue (a
-            turn of -s to s, at most 0.5). 0 leaves one out; hue takes half of the crops' whole time.
-        grayscale: probability of taking the colours away.
-        blur: probability of a Gaussian blur.
-        sigma: least and greatest standard deviation of the blur, in pixels of the crop.
-        solarize: probability that a global crop's values from 128 on are inverted.
+        jitter, strengths, grayscale, blur, sigma: see `ColourOptions`.
+        solarize: the same, of global crops alone.
         start: the first optimiser step with crops, or, below 1 with a decimal point, a fraction of the run
             (`trainer.max_steps`; the nearest step).
     """
@@ -105,14 +100,9 @@ def problems(options: CropOptions) -> Iterator[str]:
             yield line("local_scale", f"at most {options.global_scale[0]}, the least of global_scale")
     if not 0 < options.ratio[0] <= options.ratio[1] < math.inf:
         yield line("ratio", "0 < least <= greatest (width / height)")
-    for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
-        if not 0 <= getattr(options, name) <= 1:
-            yield line(name, "a probability from 0 to 1")
-    *factors, hue = options.strengths
-    if not (all(0 <= strength <= 1 for strength in factors) and 0 <= hue <= 0.5):
-        yield line("strengths", "brightness, contrast and saturation from 0 to 1, hue from 0 to 0.5")
-    if not 0 < options.sigma[0] <= options.sigma[1] < math.inf:
-        yield line("sigma", "0 < least <= greatest (pixels)")
+    if not 0 <= options.flip <= 1:
+        yield line("flip", "a probability from 0 to 1")
+    yield from colours.problems(options, "data.crops")
     if not (options.start >= 0 and (isinstance(options.start, int) or options.start < 1)):
         yield line("start", "an optimiser step (integer, 0 or more) or a fraction from 0 to below 1")
 
@@ -123,20 +113,28 @@ class MultiCrop:
     Args:
         options: see `CropOptions`.
 
+    Attributes:
+        aside: leave the colours as they are and say what is to happen to them; a device then changes whole batches
+            (`colours.change_batch`).
+
     Raises:
         UserError: options outside their ranges, all of them in one line.
     """
 
-    THRESHOLD = 128  # of solarisation, as everybody has it
-    REACH = 3  # standard deviations of a blur's kernel on each side; 0.3% of the weight lie outside
-
     def __init__(self, options: CropOptions) -> None:
         if found := list(problems(options)):
             raise UserError("; ".join(found))
-        self.options = options
+        self.options, self.aside = options, False
         ratio, flip = options.ratio, options.flip
         self.global_view = TrainView(size=options.global_size, scale=options.global_scale, ratio=ratio, flip=flip)
         self.local_view = TrainView(size=options.local_size, scale=options.local_scale, ratio=ratio, flip=flip)
+        self.global_colours, self.local_colours = (
+            ColourOptions(
+                jitter=options.jitter, strengths=options.strengths, grayscale=options.grayscale, blur=options.blur,
+                sigma=options.sigma, solarize=solarize,
+            )
+            for solarize in (options.solarize, 0.0)
+        )  # fmt: skip
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draw the crops of an image, all from `generator` (or torch's global one).
@@ -145,49 +143,26 @@ class MultiCrop:
             image: uint8 (3, H, W), as decoded, in any size.
 
         Returns:
-            "global": uint8 (G, 3, global_size, global_size), "local": uint8 (L, 3, local_size, local_size).
+            "global": uint8 (G, 3, global_size, global_size), "local": uint8 (L, 3, local_size, local_size); with
+            `aside` also "global_colours" and "local_colours", packed recipes (`colours.pack`).
         """
+        options = self.options
         return {
-            "global": self._crops(image, self.global_view, self.options.global_crops, self.options.solarize, generator),
-            "local": self._crops(image, self.local_view, self.options.local_crops, 0.0, generator),
+            **self._crops("global", image, self.global_view, options.global_crops, self.global_colours, generator),
+            **self._crops("local", image, self.local_view, options.local_crops, self.local_colours, generator),
         }
 
     def _crops(
-        self, image: Tensor, view: TrainView, number: int, solarize: float, generator: torch.Generator | None
-    ) -> Tensor:
-        out = image.new_empty(number, 3, view.size, view.size)
-        for crop in out:
-            crop.copy_(self._augment(view(image, generator), solarize, generator))
+        self, kind: str, image: Tensor, view: TrainView, number: int, options: ColourOptions,
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        out = {kind: image.new_empty(number, 3, view.size, view.size)}
+        recipes = []
+        for crop in out[kind]:
+            cut = view(image, generator)
+            recipes.append(colours.draw(options, generator))
+            crop.copy_(cut if self.aside else colours.change(cut, recipes[-1]))
+        if self.aside and number:
+            packed = [colours.pack(recipe, options, view.size) for recipe in recipes]
+            out[f"{kind}_colours"] = torch.stack(packed)
         return out
-
-    def _augment(self, crop: Tensor, solarize: float, generator: torch.Generator | None) -> Tensor:
-        """uint8 (3, s, s) -> uint8 (3, s, s), changed in colour and sharpness."""
-        options = self.options
-        # all are drawn whatever happens, so that one probability can be changed and the rest stays the same
-        jitter, grayscale, blur, inverted, width, *factors = torch.rand(9, generator=generator).tolist()
-        order = torch.randperm(4, generator=generator).tolist()
-        if jitter < options.jitter:
-            for index in order:
-                crop = self._jitter(crop, index, (2 * factors[index] - 1) * options.strengths[index])
-        if grayscale < options.grayscale:
-            crop = TF.rgb_to_grayscale(crop, num_output_channels=3)
-        if blur < options.blur:
-            crop = self._blur(crop, options.sigma[0] + width * (options.sigma[1] - options.sigma[0]))
-        if inverted < solarize:
-            crop = TF.solarize(crop, self.THRESHOLD)
-        return crop
-
-    def _jitter(self, crop: Tensor, index: int, change: float) -> Tensor:
-        """Brightness, contrast, saturation or hue (0 to 3), changed by so much."""
-        if change == 0:
-            return crop  # an option of 0; the functions would cost the same as for any other value
-        if index == 3:
-            return TF.adjust_hue(crop, change)
-        return (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[index](crop, 1 + change)
-
-    def _blur(self, crop: Tensor, sigma: float) -> Tensor:
-        # mirrored edges can't be wider than the image
-        width = 2 * min(math.ceil(self.REACH * sigma), crop.shape[-1] - 1) + 1
-        # one direction after the other: torchvision would convolve with the whole square
-        soft = TF.gaussian_blur(crop.float(), [width, 1], [sigma, sigma])
-        return TF.gaussian_blur(soft, [1, width], [sigma, sigma]).round_().to(torch.uint8)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Mapping
 
 from lightning.pytorch import LightningDataModule
 
 from agglom.data.batches import Batches
+from agglom.data.colours import ColourOptions
 from agglom.data.crops import CropOptions, MultiCrop
 from agglom.data.index import Index, read_index, validate_layout
 from agglom.data.loader import Loader, eval_loader
@@ -29,17 +30,45 @@ log = logging.getLogger("agglom.data")
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """The random crop and flip of a training image; see `TrainView`.
+    """The random crop, flip and colours of a training image, which student and teachers see; see `TrainView`.
 
     Args:
         scale: least and greatest part of the image's area that is kept; [1, 1] takes the centre square, no crop.
         ratio: least and greatest width / height of the crop.
         flip: probability of mirroring left and right.
+        colours: jitter, grey, blur and solarisation; null for none. On an accelerator they are made there, a batch at a
+            time, unless the features come from a cache, whose views must be the same to the last bit.
     """
 
     scale: tuple[float, float] = (0.4, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    colours: ColourOptions | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether an image always looks the same."""
+        return self.scale == self.ratio == (1, 1) and self.flip == 0 and self.colours is None
+
+    def view(self, size: int) -> TrainView:
+        """What draws such views of `size` x `size` pixels."""
+        return TrainView(size=size, scale=self.scale, ratio=self.ratio, flip=self.flip, colours=self.colours)
+
+
+def view_options(section: Mapping[str, Any]) -> ViewOptions:
+    """The options of a configuration's `data.view`, as plain data.
+
+    Raises:
+        TypeError, ValueError: it isn't what a configuration may say.
+    """
+
+    def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+    options = tuples(section)
+    if options.get("colours") is not None:
+        options["colours"] = ColourOptions(**tuples(options["colours"]))
+    return ViewOptions(**options)
 
 
 class ShardDataModule(LightningDataModule):
@@ -96,7 +125,7 @@ class ShardDataModule(LightningDataModule):
         val_split: str | None = "val",
         fields: tuple[str, ...] = ("image",),
         view: ViewOptions = ViewOptions(),  # noqa: B008  frozen, and jsonargparse shows its fields
-        num_workers: int | Literal["auto"] = 1,
+        num_workers: int | Literal["auto"] = "auto",
         val_samples: int | None = None,
         seed: int = 0,
         shuffle: int = 1000,
@@ -121,7 +150,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.prefetch = batch_size, num_workers, prefetch
         self.fields, self.val_samples = tuple(fields), val_samples
         self.seed, self.shuffle, self.max_bad_fraction = seed, shuffle, max_bad_fraction
-        self.train_view, self.val_view = TrainView(size=size, **asdict(view)), EvalView(size=size)
+        self.train_view, self.val_view = view.view(size), EvalView(size=size)
         self.plan = Plan(stages or (), size=size, batch_size=batch_size, seed=seed)
         self.margin = margin
         if crops is not None and "image" not in self.fields:
@@ -172,6 +201,10 @@ class ShardDataModule(LightningDataModule):
         """Endless, shuffled, full batches, each as the plan wants it."""
         order = self._order()
         start = self.samples_seen if order is None else order["start"]
+        aside = self._device() != "cpu"
+        self.train_view.aside = aside and self.cache is None
+        if self.crops is not None:
+            self.crops.aside = aside
         if self.sources:
             streams = {name: self._one(source, name, start) for name, source in self.sources.items()}
             before = self._order_before or {}
@@ -195,7 +228,7 @@ class ShardDataModule(LightningDataModule):
         if order is not None:
             self._source.resume(order["round"], order["drawn"][self._stream.rank])
         return Loader(
-            self._source, num_workers=self.num_workers, prefetch=self.prefetch, pin_memory=self._accelerated()
+            self._source, num_workers=self.num_workers, prefetch=self.prefetch, pin_memory=self._device() == "cuda"
         )
 
     def _training(self) -> dict[str, Source]:
@@ -252,7 +285,7 @@ class ShardDataModule(LightningDataModule):
             num_workers=self.num_workers,
             limit=self.val_samples,
             max_bad_fraction=self.max_bad_fraction,
-            pin_memory=self._accelerated(),
+            pin_memory=self._device() == "cuda",
             cached=self._cached(self.val_split),
         )
 
@@ -364,5 +397,5 @@ class ShardDataModule(LightningDataModule):
             self._indices[data] = read_index(data)
         return self._indices[data]
 
-    def _accelerated(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+    def _device(self) -> str:
+        return self.trainer.strategy.root_device.type if self.trainer else "cpu"

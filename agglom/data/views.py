@@ -1,4 +1,4 @@
-"""One crop and flip of an image: the student and every frozen teacher see the same one.
+"""One crop, flip and change of colours of an image: the student and every frozen teacher see the same one.
 
 A view is drawn once a sample, before anybody looks at the image, so that nobody can see another one.
 """
@@ -13,18 +13,21 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from agglom.data.colours import UNCHANGED, ColourOptions, Recipe, change, draw, pack
+from agglom.data.colours import problems as colour_problems
 from agglom.data.pictures import Picture
 from agglom.errors import UserError
 
 
 class Window(NamedTuple):
-    """A rectangle of an image, in pixels, and whether it is mirrored afterwards."""
+    """A rectangle of an image, in pixels, whether it is mirrored afterwards, and what happens to its colours then."""
 
     top: int
     left: int
     height: int
     width: int
     flip: bool = False
+    colours: Recipe | None = None
 
 
 class View:
@@ -34,7 +37,15 @@ class View:
 
     Args:
         size: height and width of the result, in pixels.
+
+    Attributes:
+        colours: how colours change, None for not at all.
+        aside: leave them as they are, and let `sample` say what is to happen to them (`colours`, a packed recipe); a
+            device then changes whole batches (`colours.change_batch`).
     """
+
+    colours: ColourOptions | None = None
+    aside: bool = False
 
     def __init__(self, *, size: int) -> None:
         if size < 1:
@@ -77,19 +88,23 @@ class View:
             out["seg"] = self._seg(sample["seg"], window)
         if "boxes" in sample:
             out["boxes"] = self._boxes(sample["boxes"], window)
+        if self.aside and self.colours is not None and "image" in sample:
+            out["colours"] = pack(window.colours or UNCHANGED, self.colours, self.size)
         return out
 
     def _image(self, image: Tensor | Picture, window: Window) -> Tensor:
+        recipe = window.colours
         if isinstance(image, Picture):
             image, box = image.part(window[:4], self.size)
             window = Window(*box, window.flip)
-        return self._cut(image, window, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        out = self._cut(image, window, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        return out if recipe is None or self.aside else change(out, recipe)
 
     def _seg(self, seg: Tensor, window: Window) -> Tensor:
         return self._cut(seg[None], window, interpolation=InterpolationMode.NEAREST_EXACT)[0]
 
     def _cut(self, image: Tensor, window: Window, **resize: Any) -> Tensor:
-        top, left, height, width, flip = window
+        top, left, height, width, flip = window[:5]
         image = image[..., top : top + height, left : left + width]
         if (height, width) != (self.size, self.size):
             if len(image) == 3:  # the layout in which resizing is fastest, and one for all: it may matter to a bit
@@ -121,7 +136,7 @@ class EvalView(View):
 
 
 class TrainView(View):
-    """A random resized crop (Szegedy et al. 2015) and a random mirror image.
+    """A random resized crop (Szegedy et al. 2015), a random mirror image and random changes of its colours.
 
     Args:
         size: height and width of the result, in pixels.
@@ -129,6 +144,7 @@ class TrainView(View):
             centred square is taken, and an image of the right size is not resampled.
         ratio: least and greatest width / height of the crop; drawn uniformly in its logarithm.
         flip: probability of mirroring left and right.
+        colours: how colours and sharpness change; None for not at all.
 
     Raises:
         UserError: a scale, ratio or probability outside its range.
@@ -143,6 +159,7 @@ class TrainView(View):
         scale: tuple[float, float] = (0.4, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        colours: ColourOptions | None = None,
     ) -> None:
         super().__init__(size=size)
         if not 0 < scale[0] <= scale[1] <= 1:
@@ -153,9 +170,16 @@ class TrainView(View):
             raise UserError(f"view.ratio: {tuple(ratio)}; valid: 0 < least <= greatest (width / height)")
         if not 0 <= flip <= 1:
             raise UserError(f"view.flip: {flip}; valid: a probability from 0 to 1")
-        self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
+        if colours is not None and (found := list(colour_problems(colours, "view.colours"))):
+            raise UserError("; ".join(found))
+        self.scale, self.ratio, self.flip, self.colours = tuple(scale), tuple(ratio), flip, colours
 
     def window(self, height: int, width: int, generator: torch.Generator | None = None) -> Window:
+        """The crop, then its colours, all drawn from `generator`; the crop is the same with and without colours."""
+        window = self._crop(height, width, generator)
+        return window if self.colours is None else window._replace(colours=draw(self.colours, generator))
+
+    def _crop(self, height: int, width: int, generator: torch.Generator | None) -> Window:
         draws = torch.rand(self.TRIES, 4, generator=generator).tolist()
         flip = torch.rand((), generator=generator).item() < self.flip
         if self.scale == (1, 1):
