@@ -30,6 +30,7 @@ from agglom.data.coco_annotations import (
     read_panoptic,
 )
 from agglom.data.coco_masks import instance_mask, panoptic_mask
+from agglom.data.index import FORMATS
 from agglom.data.writing import (
     DEFAULTS,
     IGNORE,
@@ -286,7 +287,7 @@ def _read(entry: Entry, *, root: Path, masks: str) -> dict[str, Any]:
     if masks == "panoptic":
         if entry.segments is None or entry.maps is None:
             raise ValueError("no panoptic annotation")
-        with Image.open(entry.maps / entry.segments.file) as image:
+        with Image.open(entry.maps / entry.segments.file, formats=FORMATS) as image:
             if image.mode != "RGB":
                 raise ValueError(f"panoptic map {entry.segments.file} of mode {image.mode}, wanted RGB")
             check_size(f"panoptic map {entry.segments.file}", image.size, size)

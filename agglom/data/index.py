@@ -33,6 +33,9 @@ EXTENSIONS: dict[str, tuple[str, ...]] = {
     "boxes": ("boxes.json",),
 }
 
+# Pictures that are opened, whatever a file is called: PIL knows 40 more, and starts Ghostscript for one of them (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
 
 class ShardInfo(NamedTuple):
     """One tar of a split: its file, relative to the root (or an address of its own), and its number of samples."""

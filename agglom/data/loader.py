@@ -48,11 +48,12 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer still needs batches to end its step.
+    """Ctrl-C and a scheduler's signals reach all processes of a job; the trainer still needs batches to end its step.
 
     A worker is gone 15 s after a SIGTERM all the same, so that nothing that waits for it hangs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(15))
 
 

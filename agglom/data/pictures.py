@@ -15,6 +15,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from agglom.data.index import FORMATS
+
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 REDUCTIONS = (8, 4, 2)  # for which the decoder has fast code
@@ -28,12 +30,12 @@ def open_picture(data: bytes) -> Image.Image:
 
     Raises:
         TooLarge: more pixels than twice `PIL.Image.MAX_IMAGE_PIXELS` (178,956,970), found out before any is decoded.
-        ValueError: no picture that PIL knows.
+        ValueError: no picture of one of `FORMATS`.
     """
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:  # its message names a buffer in memory
-        raise ValueError(f"{len(data)} bytes that are no picture") from None
+        raise ValueError(f"{len(data)} bytes that are no picture; valid: {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as err:
         raise TooLarge(str(err).partition(", could")[0]) from None
 

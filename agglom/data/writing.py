@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from agglom.data.addresses import is_remote
-from agglom.data.index import INDEX_NAME, ShardInfo, read_index, write_index
+from agglom.data.index import FORMATS, INDEX_NAME, ShardInfo, read_index, write_index
 from agglom.data.processes import spread
 from agglom.data.shards import write_shard
 from agglom.errors import UserError
@@ -154,7 +154,7 @@ def read_picture(path: Path) -> tuple[bytes, str, tuple[int, int]]:
     Decodes once to be sure that it works. JPEG, PNG and WebP bytes stay as they are; other formats become PNG.
     """
     data = path.read_bytes()
-    with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         warnings.simplefilter("ignore")
         image.load()
         width, height = image.size
@@ -173,7 +173,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: another kind of picture, or not of the (width, height) of its picture.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"mask {path.name} of mode {image.mode}, wanted 8-bit grey or palette")
         check_size(f"mask {path.name}", image.size, size)

@@ -34,14 +34,15 @@ from broken import (
     truncate,
     write,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from agglom.data import EvalView, TrainView, eval_loader, eval_stream, read_index, train_stream
 from agglom.data.faults import KINDS
 from agglom.data.reading import ShardReader
-from agglom.data.samples import sample_faults
+from agglom.data.samples import decode_sample, sample_faults
 from agglom.errors import UserError
+from agglom.probes.boxes import truth_of
 
 SHARDS = 3
 
@@ -484,3 +485,32 @@ def test_any_value_in_an_index_is_read_or_refused(whole, tmp_path, part, value):
             next(iter(eval_stream(tmp_path, name, fields=("cls",), max_bad_fraction=1)), None)
     except UserError as err:
         assert "\n" not in str(err)
+
+
+PICTURE = encoded(np.zeros((16, 16, 3), np.uint8))
+NUMBER = st.integers(-2, 20) | st.floats(-2, 20) | st.floats() | st.integers() | st.booleans()
+BOX = st.fixed_dictionaries(
+    {"bbox": st.lists(NUMBER, min_size=4, max_size=4) | st.lists(NUMBER, max_size=5) | JSON, "label": NUMBER | JSON},
+    optional={"iscrowd": JSON},
+) | st.builds(
+    lambda bbox, label: {"bbox": bbox, "label": label},
+    st.tuples(*[st.integers(0, 7)] * 2, *[st.integers(0, 9)] * 2),
+    st.integers(0, 10),
+)
+
+
+@settings(BOUNDED, max_examples=400)
+@given(boxes=st.lists(BOX, max_size=3) | JSON)
+def test_any_boxes_are_taken_or_a_fault(whole, boxes):
+    """Those that pass have an area within the picture, and the detection probe takes just them."""
+    index, _ = whole
+    raw = {"__key__": "a", "__url__": "a.tar", "png": PICTURE, "boxes.json": json.dumps(boxes).encode()}
+    faults = sample_faults(raw, ("image", "boxes"), index)
+    event("refused" if faults else "taken")
+    assert all(fault.kind in ("bad box", "class value") and "\n" not in fault.detail for fault in faults)
+    if faults:
+        return
+    taken = decode_sample(raw, ("image", "boxes"), index=index)["boxes"]
+    assert len(truth_of("a", taken, (16, 16), len(index.classes)).boxes) == len(boxes)
+    for x, y, width, height in (box["bbox"] for box in taken):
+        assert width > 0 and height > 0 and min(x, y) > -0.1 and max(x + width, y + height) < 16.1

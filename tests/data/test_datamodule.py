@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import os
 import pickle
+import signal
 import warnings
 from multiprocessing.reduction import ForkingPickler
 
@@ -227,6 +229,21 @@ def test_finding_the_place_reads_only_what_the_buffer_held(root, monkeypatch):
     resumed.resume(1, [400], 0)
     assert [sample["key"] for sample in itertools.islice(resumed, 10)] == whole[400:]
     assert len(opened) <= 8 and len(decoded) == 10
+
+
+def test_workers_leave_signals_to_the_trainer(root):
+    """Those that reach all processes of a job, Ctrl-C's and a scheduler's: batches go on, and the next pass too."""
+    data = module(root, num_workers=2, fields=("image", "cls"))
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = iter(loader)
+    check_batch(next(batches), 4)
+    workers = loader._iterator._workers
+    for worker, number in itertools.product(workers, (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)):
+        os.kill(worker.pid, number)
+    for batch in itertools.islice(batches, 20):
+        check_batch(batch, 4)
+    assert all(worker.is_alive() for worker in workers)
 
 
 def test_errors_of_workers_stop_the_trainer_with_one_line(root):

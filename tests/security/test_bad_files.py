@@ -6,17 +6,22 @@ A pickle that would run a command leaves no mark wherever a command takes a file
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from malice import SAFETENSORS, Evil, plain_pickle, torch_pickle
+from PIL import EpsImagePlugin, Image
 from small_run import config, write
 
 from agglom.cache.command import cache_teachers
 from agglom.cache.layout import read_cache_index
 from agglom.callbacks.checkpoint_files import checkpoint_path
 from agglom.cli import main
+from agglom.data import read_index
+from agglom.data.faults import BadSample
+from agglom.data.samples import decode_sample
 
 PICKLES = {"a bare pickle": plain_pickle, "torch's zip": torch_pickle}
 
@@ -132,6 +137,31 @@ def test_a_pickle_as_an_array_of_pictures(here, run, scenes, refused):
     main(["probe", "--run", str(run), "--data", str(scenes), "--probes", "knn", "--out", str(out), "--size", "32"])
     np.savez(out / "pictures.npz", images=np.array([Evil(here / "marked")], dtype=object))
     refused("report", out)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_picture_that_is_a_program(here, scenes, monkeypatch):
+    """PIL hands EPS to Ghostscript, whatever the file is called; here `gs` is a script that leaves a mark."""
+    script = here / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {here / 'called'}\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(script))
+    evil = here / "pictures" / "evil.jpg"
+    evil.parent.mkdir()
+    Image.new("RGB", (16, 16)).save(evil, "EPS")
+    with pytest.raises(subprocess.CalledProcessError), Image.open(evil) as image:
+        image.load()
+    (here / "called").unlink()  # so that is what would happen
+    sample = {"__key__": "a", "__url__": "a.tar", "jpg": evil.read_bytes(), "seg.png": evil.read_bytes()}
+    for field, kind in (("image", "bad image"), ("seg", "bad mask")):
+        with pytest.raises(BadSample, match="valid: JPEG, PNG") as err:
+            decode_sample(sample, [field])
+        assert err.value.fault.kind == kind
+    Image.new("RGB", (16, 16)).save(evil.with_name("good.jpg"))
+    main(["data", "imagefolder", "--source", str(evil.parent), "--out", str(here / "shards")])
+    assert read_index(here / "shards").counts == {"train": 1} and not (here / "called").exists()
 
 
 # ------------------------------------------------------------------------------------------------ safetensors

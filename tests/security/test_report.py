@@ -1,7 +1,10 @@
 """What strangers named, in a real report: nothing of it becomes an element, a link, a table cell or a script."""
 
+import io
 import json
 import shutil
+import tarfile
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -35,10 +38,27 @@ class Page(HTMLParser):
         self.addresses += [value for name, value in attrs if name in ("src", "href", "data", "action")]
 
 
+KEY = "<b onclick=x>"  # what keys of samples begin with
+
+
+def rename(shard):
+    """Keys and captions that say what they like."""
+    with tarfile.open(shard) as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(shard, "w") as tar:
+        for n, (name, data) in enumerate(files):
+            data = f"{' '.join(EVIL)} {n}".encode() if name.endswith(".txt") else data
+            info = tarfile.TarInfo(KEY + name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
 @pytest.fixture(scope="module")
 def shards(scenes, tmp_path_factory):
-    """Scenes whose index says what it likes."""
+    """Scenes whose index, captions and keys say what they like."""
     root = Path(shutil.copytree(scenes, tmp_path_factory.mktemp("evil") / "<b>data|"))
+    for shard in root.glob("*.tar"):
+        rename(shard)
     body = json.loads((root / "index.json").read_text())
     for key in ("classes", "seg_classes"):
         body[key] = [f"{EVIL[n % len(EVIL)]} {n}" for n in range(len(body[key]))]
@@ -70,6 +90,9 @@ def test_pages_hold_text_alone(reports, name):
     assert all(address.startswith(("data:image/", "#")) for address in page.addresses)
     assert text.count("<h1") == 1 and "default-src 'none'" in text and "script-src" not in text
     assert "&lt;script&gt;" in text  # and it is there to be read
+    if name == "report.html":  # so are captions and keys
+        assert escape(" ".join(EVIL[:2])) in text  # a caption's, for no other has two of them
+        assert f"Test image {escape(KEY)}0000" in text
 
 
 @pytest.mark.parametrize("name", ["report.md", "comparison.md"])
