@@ -12,7 +12,7 @@ from typing import Any, Iterator
 
 import yaml
 
-from agglom.cache.check import cache_problems
+from agglom.cache.check import cache_problems, with_cached
 from agglom.data.faults import printable
 from agglom.errors import UserError, brief, nearest
 from agglom.plan import Partition, Stage
@@ -156,6 +156,8 @@ def _structure(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _meaning(config: dict[str, Any]) -> Iterator[str]:
+    config, lines = with_cached(config)
+    yield from lines
     model, data, trainer = (_section(config, key) for key in ("model", "data", "trainer"))
     yield from _steps(model, trainer)
     yield from _ranges(model, data)

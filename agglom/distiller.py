@@ -139,7 +139,7 @@ class Distiller(pl.LightningModule):
             raise UserError("model.teachers: empty; name at least one teacher, or an objective in model.objectives")
         check_optimizer(optimizer)
         self.names = list(teachers)
-        self.encoders = nn.ModuleDict({name: config.encoder for name, config in teachers.items()})
+        self.encoders = nn.ModuleDict({name: config.teacher for name, config in teachers.items()})
         heads = build_heads(
             student,
             teachers,

@@ -29,7 +29,7 @@ class TeacherConfig:
     """One entry of `teachers`. What is left out falls back to the value of the same name beside `teachers`.
 
     Attributes:
-        encoder: the frozen encoder.
+        encoder: the frozen encoder; in a YAML also the word `cached`, where `data.cache` has this teacher's features.
         summary_weight: weight of its summary loss; left out: 1 where the encoder has a summary, else 0.
         spatial_weight: weight of its spatial loss; left out: 1 where the encoder has a feature map, else 0.
         adaptor: class of the adaptor and its options.
@@ -45,7 +45,7 @@ class TeacherConfig:
             `own_data`.
     """
 
-    encoder: Teacher
+    encoder: Teacher | Literal["cached"]
     summary_weight: float | None = None
     spatial_weight: float | None = None
     adaptor: AdaptorFactory | None = None
@@ -56,6 +56,17 @@ class TeacherConfig:
     align: Align = "teacher"
     mosaic: bool = False
     own_data: list[str] | None = None
+
+    @property
+    def teacher(self) -> Teacher:
+        """The encoder.
+
+        Raises:
+            UserError: it is `cached`, which only `agglom fit` can turn into one.
+        """
+        if isinstance(self.encoder, str):
+            raise UserError(f"encoder: {self.encoder}; valid: a Teacher, such as CachedTeacher(cache=..., name=...)")
+        return self.encoder
 
 
 class Head(nn.Module):
@@ -172,10 +183,10 @@ def nothing(encoder: Teacher, like: Tensor) -> Features:
 def teacher_weights(name: str, config: TeacherConfig) -> dict[str, float]:
     weights = {}
     for kind in ("summary", "spatial"):
-        given, has = getattr(config, f"{kind}_weight"), getattr(config.encoder.dims, kind) is not None
+        given, has = getattr(config, f"{kind}_weight"), getattr(config.teacher.dims, kind) is not None
         if given and not has:
             raise UserError(
-                f"model.teachers.{name}.{kind}_weight: {given}, but {type(config.encoder).__name__} gives no {kind}; "
+                f"model.teachers.{name}.{kind}_weight: {given}, but {type(config.teacher).__name__} gives no {kind}; "
                 f"valid: 0; remove the key"
             )
         if given is not None and given < 0:
@@ -225,7 +236,7 @@ def build_heads(
     for name, config in teachers.items():
         heads[name] = Head(
             student=student.dims,
-            teacher=config.encoder.dims,
+            teacher=config.teacher.dims,
             token=tokens[name],
             tap_names=student.tap_names,
             weights=teacher_weights(name, config),

@@ -31,8 +31,13 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
         if value is None and type(None) in arguments:
             return
         options = [option for option in arguments if option is not type(None)]
+        words = {word for option in options for word in typing.get_args(option) if typing.get_origin(option) is Literal}
+        classes = [option for option in options if _ours(option)]
         if len(options) == 1:
             yield from problems(key, value, options[0])
+        elif len(classes) == 1:  # what is wrong with it says more than what else there might have been
+            if not isinstance(value, str) or value not in words:
+                yield from problems(key, value, classes[0])
         elif all(list(problems(key, value, option)) for option in options):
             yield f"{key}: {_show(value)}; valid: {_name(kind)}; change it"
     elif origin is Literal:
@@ -54,7 +59,7 @@ def problems(key: str, value: Any, kind: Any) -> Iterator[str]:
             return
         for name, item in value.items():
             yield from problems(f"{key}.{name}", item, arguments[1])
-    elif inspect.isclass(kind) and kind.__module__.split(".")[0] == "agglom":
+    elif _ours(kind):
         yield from _instance(key, value, kind, given=0)
     elif value is None or not _parses(value, kind):  # jsonargparse takes null for anything
         yield f"{key}: {_show(value)}; valid: {_name(kind)}; change it"
@@ -95,6 +100,10 @@ def denied_classes(config: Any, key: str = "") -> list[str]:
     if isinstance(path, str) and denied(path):
         lines.append(f"{key}.class_path: {path}: not to be named by a configuration; take a class made for this place")
     return lines
+
+
+def _ours(kind: Any) -> bool:
+    return inspect.isclass(kind) and kind.__module__.split(".")[0] == "agglom"
 
 
 def _instance(key: str, value: Any, base: type, *, given: int) -> Iterator[str]:

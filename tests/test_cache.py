@@ -1,5 +1,7 @@
 """Cached teachers: the same views, the same features, the same loss; nothing that is stale or damaged is trained on."""
 
+import copy
+import csv
 import json
 import os
 import shutil
@@ -305,6 +307,51 @@ def test_fit_from_a_cache(scenes, written, tmp_path, monkeypatch):
     main(["fit", "--config", str(tmp_path / "c.yaml"), "--data.cache", str(cache), *args])
     manifests = [json.loads((tmp_path / run / "teachers.json").read_text()) for run in ("run", "online")]
     assert manifests[0]["teachers"]["clip"]["sha256"] == manifests[1]["teachers"]["clip"]["sha256"]
+
+
+@pytest.mark.slow
+def test_some_teachers_cached_by_name_and_some_online(scenes, tmp_path):
+    """`encoder: cached` needs no word of what the teacher is; a run that goes on with it has the same losses."""
+    value = config(scenes, tmp_path / "online")
+    value["data"]["view"] = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
+    cache_teachers(value, tmp_path / "cache", **{**OPTIONS, "views": 1, "names": ["clip"]})
+    mixed = copy.deepcopy(value)
+    mixed["data"]["cache"] = str(tmp_path / "cache")
+    mixed["model"]["teachers"]["clip"] = {"encoder": "cached"}
+    (tmp_path / "online.yaml").write_text(yaml.safe_dump(value))
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    main(["fit", "--config", str(tmp_path / "online.yaml")])
+    shutil.copytree(tmp_path / "online", tmp_path / "mixed")
+    losses = {}
+    for name in ("online", "mixed"):
+        more = ["--ckpt_path=last", "--trainer.max_steps=5", f"--trainer.default_root_dir={tmp_path / name}"]
+        main(["fit", "--config", str(tmp_path / f"{name}.yaml"), *more])
+        with (tmp_path / name / "metrics.csv").open() as stream:
+            losses[name] = [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
+    assert len(losses["online"]) == 5 and losses["mixed"] == pytest.approx(losses["online"], rel=1e-5)
+    saved = yaml.safe_load((tmp_path / "mixed" / "config.yaml").read_text())["model"]["teachers"]
+    classes = [saved[name]["encoder"]["class_path"].rpartition(".")[2] for name in ("clip", "sam")]
+    assert classes == ["CachedTeacher", "TinyTeacher"]
+    cache_teachers(mixed, tmp_path / "again", **{**OPTIONS, "views": 1, "names": ["clip"]})
+    indices = [read_cache_index(tmp_path / name).teachers for name in ("cache", "again")]
+    assert indices[0] == indices[1], "a cache of a cached run is of the teachers themselves"
+
+
+def test_what_is_called_cached_and_is_not_is_one_line(scenes, written):
+    value = config(scenes)
+    value["model"]["teachers"]["clip"]["encoder"] = "cached"
+    (line,) = check_config(value)
+    assert line.startswith("model.teachers.clip.encoder: cached, but data.cache is not set; valid: ")
+    value["data"]["cache"] = str(written())
+    assert check_config(value) == []
+    value["model"]["teachers"]["dino"] = {"encoder": "cached"}
+    (line,) = check_config(value)
+    assert line.startswith("model.teachers.dino.encoder: cached, but data.cache ") and "has no such teacher" in line
+    value["model"]["teachers"]["dino"] = {"encoder": "cashed"}
+    (line,) = check_config(value)
+    assert line.startswith("model.teachers.dino.encoder.class_path: cashed: unknown class")
+    with pytest.raises(UserError, match="encoder: cached; valid: a Teacher"):
+        _ = TeacherConfig("cached").teacher
 
 
 CHANGES = {

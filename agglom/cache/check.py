@@ -12,6 +12,7 @@ from agglom.schema import find_class
 from agglom.teachers import Teacher
 
 CACHED = "agglom.teachers.CachedTeacher"
+WORD = "cached"  # what a YAML may say for a teacher's encoder
 
 
 def cached_teachers(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +34,35 @@ def cached_teachers(config: Mapping[str, Any]) -> dict[str, Any]:
         for name in teachers
         if name in index.teachers
     }
+
+
+def with_cached(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A configuration with each encoder that is only called `cached` as the class that reads it, and what is amiss.
+
+    Args:
+        config: with `model.teachers` and `data.cache`, as plain data of any kind.
+    """
+    model = config.get("model")
+    teachers = model.get("teachers") if isinstance(model, Mapping) else None
+    entries = dict(teachers) if isinstance(teachers, Mapping) else {}
+    asked = [name for name, entry in entries.items() if isinstance(entry, Mapping) and entry.get("encoder") == WORD]
+    if not asked:
+        return dict(config), []
+    root, lines = (config.get("data") or {}).get("cache"), []
+    try:
+        found = cached_teachers(config)
+    except UserError:  # said by `cache_problems`
+        return dict(config), []
+    for name in asked:
+        if name in found:
+            entries[name] = {**entries[name], "encoder": found[name]}
+        else:
+            there = f"data.cache {root} has no such teacher" if root else "data.cache is not set"
+            lines.append(
+                f"model.teachers.{name}.encoder: {WORD}, but {there}; valid: with the folder of an `agglom cache` that "
+                "has it, or a class; set data.cache"
+            )
+    return {**config, "model": {**config["model"], "teachers": entries}}, lines
 
 
 def cache_problems(config: Mapping[str, Any], stages: bool) -> Iterator[str]:

@@ -10,7 +10,8 @@ from typing import Any, Sequence
 
 import torch
 
-from agglom.cache.layout import CacheIndex, Stored
+from agglom.cache.check import CACHED, with_cached
+from agglom.cache.layout import CacheIndex, Stored, read_cache_index
 from agglom.cache.write import Plan, dry_run, write_cache
 from agglom.checks import Invalid, check_config, read_yaml
 from agglom.data import read_index, view_options
@@ -49,6 +50,7 @@ def cache_teachers(
     content, lines = (config, []) if isinstance(config, dict) else read_yaml(config)
     if lines := [*lines, *check_config(content)]:
         raise Invalid(lines)
+    content, _ = with_cached(content)
     entries: dict[str, Any] = content["model"]["teachers"]
     for name in names or ():
         if name not in entries:
@@ -133,10 +135,14 @@ def _defaults() -> Any:
 
 
 def _entry(encoder: Any) -> dict[str, Any]:
-    """class_path and init_args of an encoder as it stands in the YAML."""
+    """class_path and init_args of an encoder as it stands in the YAML; of a cached one, its original's."""
     if isinstance(encoder, str):
         return {"class_path": encoder, "init_args": {}}
-    return {"class_path": encoder["class_path"], "init_args": dict(encoder.get("init_args") or {})}
+    path, options = encoder["class_path"], dict(encoder.get("init_args") or {})
+    if path == CACHED:
+        there = read_cache_index(options["cache"]).teachers[options["name"]]
+        path, options = there["class_path"], dict(there["init_args"])
+    return {"class_path": path, "init_args": options}
 
 
 def _shapes(
