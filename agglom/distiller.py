@@ -10,6 +10,7 @@ from typing import Any, Callable, Literal, Mapping, Sequence, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from agglom.adaptors import MLPAdaptor
 from agglom.aside import Aside
@@ -96,6 +97,7 @@ class Distiller(pl.LightningModule):
             only for training without random crops and flips.
         skip_nonfinite: how many steps in a row may be left out because a loss, a gradient or features aren't finite; 0
             stops at the first. Such a step is never applied (see `agglom.callbacks.guard`).
+        checkpoint_heads: keep no activations of the heads; the backward pass computes them anew, for less memory.
         compile: what `torch.compile` turns into larger kernels, each module on its own: student, teachers, heads. The
             first steps take minutes; null for nothing.
 
@@ -132,6 +134,7 @@ class Distiller(pl.LightningModule):
         ema_anneal_anyway: bool = False,
         remember_teachers: bool = False,
         skip_nonfinite: int = 0,
+        checkpoint_heads: bool = False,
         compile: list[Literal["student", "teachers", "heads"]] | None = None,
     ) -> None:
         super().__init__()
@@ -167,7 +170,8 @@ class Distiller(pl.LightningModule):
         self.own_data = {name: config.own_data or [] for name, config in teachers.items()}
         self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
-        self.guard, self.aside, self.compiled = Guard(skip_nonfinite), Aside(), tuple(compile or ())
+        self.guard, self.aside = Guard(skip_nonfinite), Aside()
+        self.compiled, self.checkpoint_heads = tuple(compile or ()), checkpoint_heads
         self.per_image: dict[str, Tensor] = {}  # (B,) losses of the last training batch, by teacher and objective
 
     @property
@@ -238,7 +242,8 @@ class Distiller(pl.LightningModule):
         self, student: StudentFeatures, targets: dict[str, Features], shifts: dict[str, Tensor | None] | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """Per teacher and kind, (B,) each."""
-        return {name: self.heads[name](student, target, (shifts or {}).get(name)) for name, target in targets.items()}
+        run: Any = partial(checkpoint, use_reentrant=False) if self.checkpoint_heads else lambda head, *a: head(*a)
+        return {name: run(self.heads[name], student, x, (shifts or {}).get(name)) for name, x in targets.items()}
 
     def step(self, batch: dict[str, Any], kind: str, batch_idx: int = 0) -> Tensor:
         """One forward pass; logs under `kind/` and returns the scalar loss."""

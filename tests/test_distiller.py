@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from agglom.adaptors import LadderAdaptor, OrthogonalAdaptor
+from agglom.adaptors import AttentionAdaptor, LadderAdaptor, MLPAdaptor, OrthogonalAdaptor
 from agglom.balance import Manual, TeacherDropping, Uncertainty
 from agglom.data import ShardDataModule
 from agglom.distiller import Distiller
@@ -285,6 +285,45 @@ def test_teachers_of_one_contract_share_their_resized_images():
 
 
 @pytest.mark.slow
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass while it is entered, each storage once."""
+
+    def __enter__(self):
+        self.found = {}
+
+        def pack(x):
+            self.found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args):
+        self.hooks.__exit__(*args)
+        self.bytes = sum(self.found.values())
+
+
+@pytest.mark.parametrize("adaptor", [MLPAdaptor, LadderAdaptor, AttentionAdaptor])
+def test_checkpointed_heads_give_the_same_gradients_for_less_memory(tiny_student, tiny_teachers, adaptor):
+    """What is kept is what all heads share (the student's activations), the targets, and little else."""
+    kept, gradients = {}, {}
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        module = build(tiny_student, tiny_teachers, adaptor=adaptor, checkpoint_heads=checkpointed).train()
+        frames = module.frames(batch(8)["image"])
+        targets = module.targets(frames, module.names)
+        features = module.student(frames.student, module.taps)
+        with Kept() as found:
+            losses = module.losses(features, targets)
+            total = sum(module.heads[name].combine(parts).mean() for name, parts in losses.items())
+        total.backward()
+        kept[checkpointed] = found.bytes
+        gradients[checkpointed] = [p.grad for p in module.trained.parameters() if p.grad is not None]
+    assert len(gradients[True]) > 20 and kept[True] < 0.4 * kept[False]
+    assert all(torch.equal(one, two) for one, two in zip(*gradients.values(), strict=True))
+
+
 def test_compiled_parts_give_the_same_loss(tiny_student, tiny_teachers, quiet_trainer, monkeypatch):
     compiled = []
     inductor = torch.nn.Module.compile
