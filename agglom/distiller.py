@@ -86,8 +86,7 @@ class Distiller(pl.LightningModule):
             Training images then need a margin (`data.margin`).
         gradient_shares_every: steps between two measurements of each teacher's share of the gradient at the student's
             features (a backward pass through the heads); 0 for none.
-        objectives: name -> a term of the loss beside the teachers, such as consistency with the averaged student
-            (`agglom.selfdistill`).
+        objectives: name -> a term of the loss beside the teachers' (`agglom.selfdistill`).
         ema_decay: of the averaged weights that are validated, exported and asked by objectives; null for none.
         ema_schedule: of the decay: fixed, or by a cosine up to 1.
         ema_warmup: let a fixed decay begin low (see `agglom.callbacks.WeightEMA`).
