@@ -83,7 +83,6 @@ def _train(out: Path, data: Path, cache: Path) -> None:
 
     config = locate("configs/demo.yaml")
     overrides = [f"--data.data={data}", f"--data.cache={cache}", f"--trainer.default_root_dir={out}"]
-    overrides.append("--model.remember_teachers=false")  # they are on disk
     if fast_bf16():
         overrides.append("--trainer.precision=bf16-mixed")
         names = read_yaml(config)[0]["model"]["teachers"]

@@ -92,8 +92,8 @@ class Distiller(pl.LightningModule):
         ema_warmup: let a fixed decay begin low (see `agglom.callbacks.WeightEMA`).
         ema_anneal_anyway: allow a cosine decay beside frozen teachers or captions, which is refused otherwise: as it
             nears 1, an average that objectives learn from stops following what these still teach the student (SILC).
-        remember_teachers: run each teacher once an image and keep its features in RAM (see `agglom.targets.Memory`);
-            only for training without random crops and flips.
+        remember_teachers: run each teacher that isn't cached once an image and keep its features in RAM (see
+            `agglom.targets.Memory`); only for training without random views.
         skip_nonfinite: how many steps in a row may be left out because a loss, a gradient or features aren't finite; 0
             stops at the first. Such a step is never applied (see `agglom.callbacks.guard`).
         checkpoint_heads: keep no activations of the heads; the backward pass computes them anew, for less memory.
@@ -163,14 +163,14 @@ class Distiller(pl.LightningModule):
         self.taps = tuple(tap for tap in student.tap_names if tap in wanted)
         self.optimizer, self.lr, self.weight_decay, self.betas = optimizer, lr, weight_decay, betas
         self.warmup_steps, self.schedule, self.final_lr = warmup_steps, schedule, final_lr
-        self.decay_fraction, self.layer_decay = decay_fraction, layer_decay
+        self.decay_fraction, self.layer_decay, self.compiled = decay_fraction, layer_decay, tuple(compile or ())
         self.plan, self.shift, self.gradient_shares_every = Plan(stages or ()), shift, gradient_shares_every
         self.mosaics = {name: config.mosaic for name, config in teachers.items()}
         self.own_data = {name: config.own_data or [] for name, config in teachers.items()}
-        self.memories = {name: Memory() for name in self.names} if remember_teachers else {}
+        seen_once = [n for n in self.names if remember_teachers and not isinstance(self.encoders[n], CachedTeacher)]
+        self.memories = {name: Memory() for name in seen_once}
         self.ranks = {"summary": RankMe(), "spatial": RankMe()}
-        self.guard, self.aside = Guard(skip_nonfinite), Aside()
-        self.compiled, self.checkpoint_heads = tuple(compile or ()), checkpoint_heads
+        self.guard, self.aside, self.checkpoint_heads = Guard(skip_nonfinite), Aside(), checkpoint_heads
         self.per_image: dict[str, Tensor] = {}  # (B,) losses of the last training batch, by teacher and objective
 
     @property
@@ -229,7 +229,7 @@ class Distiller(pl.LightningModule):
                 run = partial(encoder.recall, features=cached["features"][name], there=cached["cached"])
                 if all(cached["cached"]):  # nobody looks, so nothing is resized
                     return run(frames.images)
-            elif self.memories:  # the views never change, so neither do the features
+            elif name in self.memories:  # the views never change, so neither do the features
                 run = partial(self.memories[name].features, encoder, keys=keys)
             view, mosaic = frames.view(name), self.mosaics[name]
             return look(run, encoder.input, view, resolution=resolution, grid=grid, mosaic=mosaic, made=made)

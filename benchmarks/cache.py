@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             view = {key: list(value) if isinstance(value, tuple) else value for key, value in VIEW.items()}
             config = {
                 **demo,
-                "model": {**demo["model"], "remember_teachers": False},
+                "model": {**demo["model"], "remember_teachers": False},  # its views aren't the demo's fixed ones
                 "data": {**demo["data"], "data": args.data, "view": view, "val_split": None},
             }
             cache_teachers(config, cache, views=1, dtype=dtype, pool=1, names=None, batch=64)

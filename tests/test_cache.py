@@ -309,6 +309,16 @@ def test_fit_from_a_cache(scenes, written, tmp_path, monkeypatch):
     assert manifests[0]["teachers"]["clip"]["sha256"] == manifests[1]["teachers"]["clip"]["sha256"]
 
 
+def test_who_is_cached_need_not_be_remembered(written, tiny_student):
+    cached = TeacherConfig(CachedTeacher(cache=str(written()), name="clip"))
+    module = Distiller(tiny_student(kwargs=VIT), {"clip": cached, "sam": TeacherConfig(TinyTeacher("sam"))})
+    assert not module.memories
+    module = Distiller(
+        module.student, {"clip": cached, "sam": TeacherConfig(TinyTeacher("sam"))}, remember_teachers=True
+    )
+    assert set(module.memories) == {"sam"}
+
+
 @pytest.mark.slow
 def test_some_teachers_cached_by_name_and_some_online(scenes, tmp_path):
     """`encoder: cached` needs no word of what the teacher is; a run that goes on with it has the same losses."""
@@ -359,7 +369,6 @@ CHANGES = {
     "data.view.flip": ({"data": {"view": {"flip": 0.1}}}, "0.5"),
     "data.margin": ({"data": {"margin": 32}}, "0"),
     "model.shift": ({"model": {"shift": {"std": 0.5}}}, "null"),
-    "model.remember_teachers": ({"model": {"remember_teachers": True}}, "false"),
     "model.teachers.clip.mosaic": ({"model": {"teachers": {"clip": {"mosaic": True}}}}, "false"),
     "model.teachers.clip.encoder": (
         {"model": {"teachers": {"clip": {"encoder": {"init_args": {"pretrained": False}}}}}},

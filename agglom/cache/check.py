@@ -101,8 +101,6 @@ def cache_problems(config: Mapping[str, Any], stages: bool) -> Iterator[str]:
         yield "model.shift: set, but cached features are of unshifted views; valid: null; remove it or data.cache"
     if stages:
         yield "stages: with sizes, but cached features are of data.size; valid: without; remove them or data.cache"
-    if model.get("remember_teachers") is True:
-        yield "model.remember_teachers: true, but data.cache remembers them already; valid: false; remove one"
     yield from _teachers(index, model.get("teachers") or {}, data.get("data"))
 
 
