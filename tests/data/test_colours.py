@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional as TF
 
 from agglom.data import (
@@ -62,6 +63,22 @@ def test_a_batch_is_changed_as_torchvision_changes_each_picture():
         # a value next to the threshold of solarisation may fall on either side
         apart = ((ours - theirs).abs() > 2e-4) & ((theirs - 0.5).abs() > 0.01) & ((ours - 0.5).abs() > 0.01)
         assert apart.float().mean() < 1e-3, recipe
+
+
+class NoReads(TorchDispatchMode):
+    """Fails where a device would have to tell the host a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_batch_on_a_device_never_waits_for_the_host():
+    packed = torch.stack([pack(draw(ALL, generator(seed)), ALL, 40) for seed in range(4)])
+    with NoReads():
+        change_batch(torch.rand(4, 3, 40, 40), packed)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            bool(packed[0, 0] > 0)
 
 
 def test_a_worker_makes_the_same_but_for_its_256_steps():
