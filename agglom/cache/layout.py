@@ -30,6 +30,7 @@ from torch import Tensor
 
 from agglom.data.addresses import refuse_listed
 from agglom.errors import UserError, brief
+from agglom.whole import whole
 
 VERSION = 2
 INDEX = "cache.json"
@@ -113,12 +114,10 @@ class CacheIndex:
             UserError: the folder can't be written.
         """
         path = Path(self.root) / INDEX
-        scratch = path.with_name(f".{INDEX}.{os.getpid()}.tmp")
         body = {key: value for key, value in _plain(self).items() if key != "root"}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({"version": VERSION, **body}, indent=1) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
+            with whole(path) as scratch:
+                scratch.write_text(json.dumps({"version": VERSION, **body}, indent=1) + "\n", encoding="utf-8")
         except OSError as err:
             raise UserError(f"{path}: can't be written ({err.strerror or err}); choose another --out") from err
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +26,7 @@ from agglom.errors import UserError
 from agglom.features import pooled
 from agglom.looking import look
 from agglom.teachers import Teacher
+from agglom.whole import whole
 
 log = logging.getLogger("agglom.cache")
 
@@ -146,16 +145,12 @@ def _write_file(plan: Plan, split: str, shard: ShardInfo, path: Path, rank: int)
         checks = [[crc(tensors[name][n, v] for name in names) for v in views] for n in range(len(records))]
         tensors["crc"] = torch.tensor(checks, dtype=torch.int64)
     about = {"keys": json.dumps([record["key"] for record in records]), **plan.index.about()}
-    scratch = path.with_name(f".{path.name}.rank{rank}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, metadata=about)
-        # safetensors keeps a file to its owner; who may read the folder may read this
-        scratch.chmod(path.parent.stat().st_mode & 0o666)
-        os.replace(scratch, path)
+        with whole(path, owner=f"rank{rank}") as scratch:
+            save_file(tensors, scratch, metadata=about)
+            # safetensors keeps a file to its owner; who may read the folder may read this
+            scratch.chmod(path.parent.stat().st_mode & 0o666)
     except OSError as err:
-        with suppress(OSError):
-            scratch.unlink()
         raise UserError(f"{path}: can't be written ({err.strerror or err}); choose another --out") from err
 
 
