@@ -116,12 +116,16 @@ def _opening(about: Mapping[str, Any]) -> list[str]:
 
 def _use(about: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
     mean, std, size = tuple(about["input"]["mean"]), tuple(about["input"]["std"]), about["input"]["size"][0]
-    hub = about.get("hub")
+    hub, own = about.get("hub"), about["student"].get("module")
+    registering = f"import {own}  # registers this network with timm\n" if own else ""
+    importing = "".join(
+        f"import {name}\n" for name in sorted({own, *(e.get("module") for e in entries.values())} - {None})
+    )
     parts = [
         "## Use",
         f"""\
 ```python
-import timm
+{registering}import timm
 import torch
 
 model = timm.create_model("{f"hf-hub:{hub}" if hub else "local-dir:PATH_OF_THIS_FOLDER"}", pretrained=True).eval()
@@ -144,7 +148,7 @@ with torch.no_grad():
 With agglom installed, for {", ".join(map(code, entries))}:
 
 ```python
-import agglom
+{importing}import agglom
 
 student = agglom.load("PATH_OF_THIS_FOLDER")
 summary, spatial = student.adaptors[{first!r}](images)  # images (B, 3, H, W) in [0, 1]; in the teacher's own units
@@ -159,9 +163,9 @@ summary, spatial = student.adaptors[{first!r}](images)  # images (B, 3, H, W) in
     is_vit = about["student"].get("vit")  # exports of earlier versions don't say
     alone = None if is_vit is None else script(entries, is_vit=is_vit)
     if alone is None:
-        parts.append("These adaptors need agglom, and the module that defines their class.")
+        parts.append("These adaptors need agglom, and the modules that define their classes.")
     else:
-        parts.append(f"The same without agglom:\n\n```python\n{alone}```")
+        parts.append(f"The same without agglom:\n\n```python\n{registering}{alone}```")
     return parts
 
 

@@ -25,7 +25,8 @@ import agglom
 from agglom.adaptors import Adaptor
 from agglom.card import licence_of, model_card
 from agglom.errors import UserError, brief, nearest
-from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures, TextTower, align, sides
+from agglom.features import Answer, Dims, Features, InputSpec, StudentFeatures, TextTower, align
+from agglom.image_checks import check_images
 from agglom.record import training_record
 from agglom.students import TimmStudent, fold_weights
 
@@ -68,6 +69,7 @@ def write_export(
         tensors |= {f"{name}.{key}": value.contiguous() for key, value in adaptor.state_dict().items()}
         entries[name] = {
             "class": type(adaptor).__name__,
+            "module": _foreign(type(adaptor).__module__),
             "options": adaptor.options,
             "student": asdict(adaptor.student),
             "teacher": asdict(adaptor.teacher),
@@ -84,6 +86,7 @@ def write_export(
             "summary_tokens": student.tokens,
             "registers": student.registers,
             "vit": student.is_vit,
+            "module": _foreign(timm.models.model_entrypoint(_architecture(student)).__module__),
         },
         "input": {**student.input.as_dict(), "size": [size, size]},
         "steps": step,
@@ -98,6 +101,15 @@ def write_export(
     for path in out.glob("*.safetensors"):  # safetensors keeps them to their owner; a hand-over is for others
         path.chmod((out / "agglom.json").stat().st_mode & 0o777)
     return write_card(out, run)
+
+
+def _architecture(student: TimmStudent) -> str:
+    return str(cast(Any, student.backbone).pretrained_cfg["architecture"])
+
+
+def _foreign(module: str) -> str | None:
+    """The name of a user's own module, which has to be imported before an export that needs it is loaded."""
+    return None if module.split(".")[0] in ("agglom", "timm") else module
 
 
 def _save_backbone(student: TimmStudent, out: Path, about: Mapping[str, Any]) -> None:
@@ -276,42 +288,10 @@ class ThroughAdaptor:
         return Answer(self(images), [], {})
 
 
-class BadImages(UserError, ValueError):
-    """Images that the student can't take."""
-
-
-def check_images(images: Tensor, student: TimmStudent) -> None:
-    """Whether the student can take these images.
-
-    Raises:
-        BadImages: not (B, 3, H, W) floats, a size that is no multiple of the stride where it is free, a dtype that is
-            not the weights', float16 on a CPU.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise BadImages(f"images of shape {tuple(images.shape)}; valid: (B, 3, H, W); a single one: images[None]")
-    if not images.is_floating_point():
-        raise BadImages(f"images are {_dtype(images)}; valid: floats in [0, 1]; divide by 255")
-    (height, width), spec = sides(images), student.input
-    if spec.size is None and (height % spec.stride or width % spec.stride):
-        raise BadImages(
-            f"images of {height} x {width} pixels; valid: multiples of {spec.stride}, the student's stride; resize them"
-        )
-    weights, kind = next(student.parameters()), images.device.type
-    if kind == "cpu" and torch.float16 in (images.dtype, weights.dtype):
-        raise BadImages("float16 on the CPU; valid: float32 or bfloat16 there; call .float(), or move to a GPU")
-    available = torch.amp.is_autocast_available(kind)  # not on the meta device, which refuses the question
-    if images.dtype != weights.dtype and not (available and torch.is_autocast_enabled(kind)):
-        raise BadImages(
-            f"images are {_dtype(images)} and the weights {_dtype(weights)}; make them one, or run under torch.autocast"
-        )
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 class _NoAdaptor(UserError, KeyError):
     """A KeyError as a mapping owes it, that reads well when it reaches the user."""
+
+    __str__ = Exception.__str__  # KeyError's own puts the message into quotes
 
 
 class _Adaptors(Mapping[str, ThroughAdaptor]):
@@ -386,7 +366,13 @@ def random_like(exported: Exported, seed: int = 0) -> Exported:
 
 
 def _student(folder: Path, about: dict[str, Any]) -> TimmStudent:
-    _read_json(folder / "config.json")
+    architecture = str(_read_json(folder / "config.json").get("architecture"))
+    if not timm.is_model(architecture):
+        own = about["student"].get("module") or "the module that registers it"
+        raise UserError(
+            f"{folder}: timm knows no model {architecture!r}; import {own} before it is loaded; commands do so by "
+            "themselves for a run directory"
+        )
     _read_tensors(folder / "model.safetensors")  # mapped, not copied
     entry = about["student"]
     student = TimmStudent(
@@ -403,8 +389,9 @@ def _build_adaptor(entry: dict[str, Any]) -> Adaptor:
     """By class name among the adaptors that are imported; nothing else is imported on a file's word."""
     known = {cls.__name__: cls for cls in _subclasses(Adaptor)}
     if entry["class"] not in known:
+        own = entry.get("module") or "yours"
         raise UserError(
-            f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import yours first"
+            f"adaptors.json: class {entry['class']!r}; {nearest(entry['class'], known)}; import {own} first"
         )
     sides: list[dict[str, Any]] = [dict(entry["student"]), dict(entry["teacher"])]
     student, teacher = (Dims(**{**side, "taps": tuple(map(tuple, side["taps"]))}) for side in sides)

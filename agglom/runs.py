@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Sequence
 from agglom.errors import UserError, brief, nearest
 from agglom.export import Exported, load
 from agglom.features import Backbone
-from agglom.schema import problems, signature_problems
+from agglom.schema import denied_classes, problems, signature_problems
 from agglom.teachers import CachedTeacher, Teacher, from_ref
 from agglom.yaml_files import parse, read_text
 
@@ -43,7 +43,7 @@ def load_run(path: str | Path) -> Run:
     """
     path = Path(path)
     config = read_config(path / "config.yaml")
-    _import_classes(config)
+    _import_classes(config, path)
     return Run(path, config, load(path), build_teachers(config))
 
 
@@ -65,18 +65,38 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _import_classes(value: Any) -> None:
-    """Import what a run's config names, so that the user's own students and adaptors are known when it is loaded."""
+def _import_classes(config: Any, run: Path) -> None:
+    """Import what a run's config names, so that the user's own students and adaptors are known when it is loaded.
+
+    Raises:
+        UserError: it names what a configuration may not, or something that can't be imported.
+    """
+    for line in denied_classes(config):
+        raise UserError(f"{run / 'config.yaml'}: {line}")
+    _import(config)
+
+
+def _import(value: Any) -> None:
     for name, item in value.items() if isinstance(value, dict) else ():
-        if name == "class_path" and "." in item:
+        if name == "class_path" and isinstance(item, str) and "." in item:
             try:
                 import_module(item.rpartition(".")[0])
-            except ImportError as err:
+            except (ImportError, TypeError, ValueError) as err:  # "..os" is no name at all
                 raise UserError(f"{item}: can't be imported ({brief(err)}); put its folder on PYTHONPATH") from err
-        _import_classes(item)
+        _import(item)
     if isinstance(value, list):
         for item in value:
-            _import_classes(item)
+            _import(item)
+
+
+def _trained_parts(config: dict[str, Any]) -> dict[str, Any]:
+    """What an export's student and adaptors are made of, at its place in a run's config."""
+
+    def parts(entry: Any) -> dict[str, Any]:
+        return {key: entry.get(key) for key in ("student", "adaptor")} if isinstance(entry, dict) else {}
+
+    model = config["model"]
+    return {"model": {**parts(model), "teachers": {name: parts(entry) for name, entry in model["teachers"].items()}}}
 
 
 def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:
@@ -95,7 +115,10 @@ def build_teachers(config: dict[str, Any]) -> dict[str, Teacher]:
 
 def resolve(ref: str) -> Backbone:
     """A model reference: `timm:NAME`, `open_clip:NAME/TAG`, `tiny:clip`, or the path of an export or a run."""
-    if Path(ref).exists():
+    path = Path(ref)
+    if (path / "config.yaml").is_file() and (path / "export").is_dir():  # of a run, student and adaptors alone
+        _import_classes(_trained_parts(read_config(path / "config.yaml")), path)
+    if path.exists():
         return load(ref)
     if ":" not in ref:
         raise UserError(f"model {ref!r}: no such folder; valid: timm:NAME, open_clip:NAME/TAG, tiny:NAME, or a path")

@@ -82,6 +82,43 @@ def test_the_page_has_all_parts():
         assert name in named
 
 
+LACKING = """
+import sys, agglom
+try:
+    agglom.load(sys.argv[1] + "/run")
+except agglom.errors.UserError as err:
+    print(err)
+sys.path.append(sys.argv[1])
+import my_student
+try:
+    agglom.load(sys.argv[1] + "/run")
+except agglom.errors.UserError as err:
+    print(err)
+"""
+
+
+@pytest.mark.slow
+def test_whoever_lacks_the_modules_is_told(trained, one_thread):
+    """The export and its card name them; a command on the run's own folder imports them."""
+    data = yaml.safe_load((trained / "my_run.yaml").read_text())["data"]["data"]
+    embed = ["-m", "agglom.cli", "embed", "--model", "run", "--data", data, "--out", "x.npz", "--limit", "4"]
+
+    def run(*command, folder):
+        env = {**one_thread, "PYTHONPATH": f"{folder}:{docs_blocks.ROOT}"}
+        return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+
+    done = run("-c", LACKING, str(trained), folder=trained.parent)
+    first, second = done.stdout.strip().splitlines()
+    assert first.endswith("timm knows no model 'tiny_net'; import my_student before it is loaded; commands do so by "
+                          "themselves for a run directory")  # fmt: skip
+    assert "class 'GatedAdaptor'; valid" in second and second.endswith("import my_adaptor first")
+    done = run(*embed, folder=trained)
+    assert done.returncode == 0 and "4 images; key, summary (128), mean (128), label" in done.stdout, done.stderr
+    card = (trained / "run" / "export" / "README.md").read_text()
+    assert "import my_student  # registers this network with timm\nimport timm" in card
+    assert "import my_adaptor\nimport my_student\nimport agglom" in card
+
+
 @pytest.mark.slow
 def test_run_holds_them(trained, inside):
     import my_adaptor  # noqa: F401  agglom.load imports nothing by itself

@@ -107,6 +107,19 @@ def test_the_configuration_of_a_run_is_no_way_around(here, run, refused, place, 
         assert place in refused("probe", "--run", run, "--probes", "knn")
 
 
+def test_a_runs_denied_modules_are_not_even_imported(here, scenes, run, refused):
+    """Commands import a run's own student and adaptor; `this` would print when it is imported."""
+    import yaml
+
+    spoilt = yaml.safe_load((run / "config.yaml").read_text())
+    spoilt["model"]["student"]["class_path"] = "this.Student"
+    write(run / "config.yaml", spoilt)
+    assert "model.student.class_path: this.Student" in refused("probe", "--run", run, "--probes", "knn")
+    embed = ("embed", "--data", scenes, "--out", here / "x.npz", "--model")
+    assert "model.student.class_path: this.Student" in refused(*embed, run)
+    assert "this" not in sys.modules
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_builders_refuse_by_themselves(here, scenes, name):
     for place in ("model.student", "model.adaptor"):
