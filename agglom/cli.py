@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import signal
 import sys
+from importlib import import_module
 from inspect import signature
 from typing import Any, Sequence
 
@@ -27,6 +29,8 @@ COMMANDS = {
     "info": "teachers and students by name, or what a run, export or shard folder holds",
     "demo": "the embedded default, end to end",
 }
+
+HEAVY = ("fit", "check", "cache", "finetune", "demo")  # commands that need the whole of agglom
 
 DATA = ("scenes", "imagefolder", "coco", "ade", "voc", "csv", "verify")  # agglom data NAME
 
@@ -94,6 +98,8 @@ def _complain(command: str, message: str) -> None:
 def _run(name: str, args: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command; {nearest(name, COMMANDS)}; agglom --help says what they do")
+    if name in HEAVY:
+        _load("agglom.distiller")
     if name == "fit":
         _fit(args)
         return
@@ -125,6 +131,21 @@ def _run(name: str, args: list[str]) -> None:
         _call(writers[args[0]], _named(args[0], args[1:]), f"agglom data {args[0]}")
         return
     _call(getattr(commands, name), _named(name, args), f"agglom {name}")
+
+
+def _load(module: str) -> None:
+    """Import, without the garbage collector: it would look through a million new objects and find nothing.
+
+    It need not look at them later either, which also leaves their memory shared with the loader's forked workers.
+    """
+    if module in sys.modules:
+        return
+    gc.disable()
+    try:
+        import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _named(name: str, args: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agglom.cli import COMMANDS, main
+from agglom.cli import COMMANDS, HEAVY, main
 from agglom.data import write_index, write_shard
 
 
@@ -41,6 +41,15 @@ def work(tmp_path, monkeypatch):
     shards(tmp_path / "shards")
     (tmp_path / "a-file").write_text("not a folder")
     return tmp_path
+
+
+def test_the_collector_works_again_after_the_imports():
+    code = (
+        "import gc, sys; from agglom import cli; cli._load('agglom.plan'); frozen = gc.get_freeze_count();"
+        "cli._load('agglom.plan'); assert gc.isenabled() and frozen == gc.get_freeze_count() > 1000"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(HEAVY) < set(COMMANDS)
 
 
 def test_help_needs_nothing_heavy():
