@@ -160,7 +160,7 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     yield from lines
     model, data, trainer = (_section(config, key) for key in ("model", "data", "trainer"))
     yield from _steps(model, trainer)
-    yield from _ranges(model, data)
+    yield from _ranges(model, data, trainer)
     yield from _output(trainer)
     yield from _memory(model, data)
     yield from _shards(data, trainer)
@@ -289,7 +289,7 @@ def _steps(model: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
         yield f"model.warmup_steps: {warmup} >= trainer.max_steps {steps}; valid: less than max_steps; lower it"
 
 
-def _ranges(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
+def _ranges(model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     rules = [
         ("model.lr", model.get("lr"), lambda v: v > 0, "> 0"),
         ("model.weight_decay", model.get("weight_decay"), lambda v: v >= 0, ">= 0"),
@@ -298,6 +298,15 @@ def _ranges(model: dict[str, Any], data: dict[str, Any]) -> Iterator[str]:
         ("data.batch_size", data.get("batch_size"), lambda v: v > 0, "> 0"),
         ("data.size", data.get("size"), lambda v: v > 0, "> 0"),
         ("data.num_workers", data.get("num_workers"), lambda v: v >= 0, ">= 0"),
+        ("data.prefetch", data.get("prefetch"), lambda v: v > 0, "> 0"),
+        ("data.shuffle", data.get("shuffle"), lambda v: v >= 0, ">= 0"),
+        ("data.val_samples", data.get("val_samples"), lambda v: v > 0, "> 0, or null for all"),
+        ("data.max_bad_fraction", data.get("max_bad_fraction"), lambda v: 0 <= v <= 1, "0 to 1"),
+        ("trainer.accumulate_grad_batches", trainer.get("accumulate_grad_batches"), lambda v: v > 0, "> 0"),
+        ("trainer.gradient_clip_val", trainer.get("gradient_clip_val"), lambda v: v >= 0, ">= 0, or null"),
+        ("trainer.limit_train_batches", trainer.get("limit_train_batches"), lambda v: v > 0, "> 0, or null for all"),
+        ("trainer.log_every_n_steps", trainer.get("log_every_n_steps"), lambda v: v >= 0, ">= 0; 0 for no metrics"),
+        ("trainer.val_check_interval", trainer.get("val_check_interval"), lambda v: v > 0, "> 0 steps"),
     ]
     for key, value, fits, valid in rules:
         if isinstance(value, (int, float)) and not fits(value):

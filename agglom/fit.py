@@ -11,6 +11,7 @@ from typing import Any, Sequence
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
@@ -138,11 +139,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config.fit
         kwargs["default_root_dir"] = str(self.root)
-        if not config.ckpt_path:
-            remove_checkpoints(self.root)
-        if config.trainer.logger in (None, True):
-            if not config.ckpt_path:
-                (self.root / "metrics.csv").unlink(missing_ok=True)
+        own_logger = config.trainer.logger in (None, True)
+        if own_logger:
             kwargs["logger"] = [
                 RunCSVLogger(str(self.root)),
                 TensorBoardLogger(str(self.root), name="tensorboard", version=""),
@@ -157,13 +155,23 @@ class FitCLI(LightningCLI):
             self.checkpoints,
             self.directory,
         ]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as err:  # Lightning's words about its own options
+            raise UserError(f"trainer: {brief(err, 400)}; change that") from err
+        if not config.ckpt_path:  # not before: what is refused leaves the run that is there
+            remove_checkpoints(self.root)
+            if own_logger:
+                (self.root / "metrics.csv").unlink(missing_ok=True)
+        return trainer
 
     def fit(self, model: Distiller, datamodule: ShardDataModule, **kwargs: Any) -> None:
         try:
             self.trainer.fit(model, datamodule=datamodule, weights_only=True, **kwargs)
         except SIGTERMException as err:
             raise (self.checkpoints.stopped or err) from None
+        except MisconfigurationException as err:
+            raise UserError(f"trainer: {brief(err, 400)}; change that") from err
         except RuntimeError as err:
             if self.trainer.world_size > 1 and _of_another_rank(err):
                 rank, step = self.trainer.global_rank, self.trainer.global_step

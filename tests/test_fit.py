@@ -181,6 +181,30 @@ def test_a_folder_that_the_file_system_refuses(scenes, tmp_path, monkeypatch, ca
     assert f"default_root_dir: {root}: Read-only file system; valid: a folder of yours" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"strategy": "nope"},
+        {"devices": 0},
+        {"val_check_interval": 2.5},
+        {"enable_checkpointing": False},
+        {"limit_train_batches": 2.5},
+    ],
+)
+def test_what_lightning_refuses_is_one_line(scenes, tmp_path, capsys, option):
+    """And leaves the run alone that was to be overwritten."""
+    whole = config(scenes, tmp_path / "run")
+    whole["trainer"] |= option
+    last = checkpoint_path(tmp_path / "run")
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"here")
+    with pytest.raises(SystemExit) as err:
+        main(["fit", "--config", str(write(tmp_path / "run.yaml", whole)), "--overwrite", "true"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("agglom fit: ")]
+    assert err.value.code == 2 and len(lines) == 1 and lines[0].startswith("agglom fit: trainer"), lines
+    assert last.read_bytes() == b"here"
+
+
 @pytest.mark.slow
 def test_export_with_some_adaptors(runs, tmp_path, capsys):
     _, root, *_ = runs

@@ -56,7 +56,8 @@ class TrainingProgress(pl.Callback):
         self._images += images
         self._mark = now
         step = trainer.global_step
-        if step and step % trainer.log_every_n_steps == 0 and self._window[0] > 0:
+        often = trainer.log_every_n_steps  # 0: no metrics at all
+        if step and often and step % often == 0 and self._window[0] > 0:
             seconds, waiting, seen = self._window
             metrics = {"train/images_per_s": seen / seconds, "train/data_wait": waiting / seconds}
             bad = getattr(getattr(trainer, "datamodule", None), "bad_samples", None)
@@ -74,7 +75,7 @@ class TrainingProgress(pl.Callback):
         last = step >= trainer.max_steps > 0
         if self._bar is None and now - self._said < self.every_s and not last:
             return
-        if self._bar is not None and step % trainer.log_every_n_steps and not last:
+        if self._bar is not None and step % (trainer.log_every_n_steps or 50) and not last:
             self._bar.update(self._task, completed=step)
             return
         note = ", ".join([self._note, *_losses(trainer.logged_metrics)])

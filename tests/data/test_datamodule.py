@@ -199,7 +199,9 @@ def test_other_readers_go_on_with_an_order_not_seen_before(root, tmp_path, chang
     with caplog.at_level(logging.WARNING, "agglom.data"):
         second, data = run(root, tmp_path, 12, tmp_path / "6.ckpt", **options)
     assert "going on with a new order" in caplog.text and data.samples_seen == 48
-    assert second.keys not in (whole.keys[:6], whole.keys[6:])
+    seen, now = (sum(keys, ()) for keys in (whole.keys, second.keys))  # 24 of 40 samples meet by chance once in 2 times
+    for begin in range(len(seen) - len(now) + 1):
+        assert sum(a == b for a, b in zip(seen[begin:], now, strict=False)) < 6
     again, _ = run(root, tmp_path, 12, tmp_path / "6.ckpt", **options)
     assert again.keys == second.keys, "a resume is as reproducible as a start"
 
