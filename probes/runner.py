@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
@@ -22,6 +21,7 @@ from agglom.probes.fingerprint import tensors_of, weights_hash
 from agglom.probes.measure import measure
 from agglom.probes.shown import collect
 from agglom.probes.statistics import RESAMPLES, interval
+from agglom.whole import whole
 
 SCHEMA_VERSION = 1
 
@@ -144,9 +144,8 @@ def run_probes(
     report["examples"] = collect(out, found, models, student, teachers)
     report["seconds"]["total"] = round(time.monotonic() - started, 2)
     report = _plain(report)
-    scratch = out / ".report.json.tmp"
-    scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(scratch, out / "report.json")
+    with whole(out / "report.json", owner="report") as scratch:
+        scratch.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return report
 
 

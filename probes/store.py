@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from agglom.errors import UserError
+from agglom.whole import whole
 
 VERSION = 3  # of what is stored; older folders are ignored
 LARGE = 2**26  # bytes; what is copied of mapped arrays in memory, and not on disk, is smaller
@@ -57,13 +58,10 @@ class Parts:
         Raises:
             UserError: it can't be written.
         """
-        scratch = self._file(part).with_suffix(f".{os.getpid()}.tmp")
         kinds = {name: [array.dtype.str, array.shape[1:]] for name, array in arrays.items()}
         meta = {"rows": str(rows), "lists": json.dumps(lists), "kinds": json.dumps(kinds)}
-        with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with _writing(self.folder), whole(self._file(part)) as scratch:
             save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, scratch, metadata=meta)
-            os.replace(scratch, self._file(part))
 
     def join(self) -> None:
         """All parts into one file an array; the parts are removed.

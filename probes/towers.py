@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Sequence
 
@@ -18,6 +17,7 @@ from agglom.features import Backbone, TextTower
 from agglom.probes.base import Subject
 from agglom.probes.features import FeatureSet
 from agglom.probes.fingerprint import weights_hash
+from agglom.whole import whole
 
 CHUNK = 256  # texts a call of a tower
 
@@ -74,11 +74,8 @@ class CachedText:
         file = self.place / f"{_hash(json.dumps(list(texts)))}.npy"
         if not file.is_file():
             found = self.tower.encode_text(texts).float().cpu().numpy()
-            self.place.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_suffix(f".{os.getpid()}.tmp")
-            with scratch.open("wb") as stream:
+            with whole(file) as scratch, scratch.open("wb") as stream:
                 np.save(stream, found, allow_pickle=False)
-            os.replace(scratch, file)
         try:
             return torch.from_numpy(np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError) as err:

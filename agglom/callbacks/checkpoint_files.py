@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from agglom.errors import UserError, brief
+from agglom.whole import sync
 
 TEMPORARY = ".tmp"  # the end of the name of what is being written
 NEEDED = ("state_dict", "optimizer_states", "loops", "global_step")
@@ -40,11 +41,11 @@ def publish(root: str | Path, step: int, keep: int) -> Path:
         keep: checkpoints to keep, this one included. Those of later steps go: the run has been resumed before them.
     """
     new, last = temporary_path(root), checkpoint_path(root)
-    _sync(new)
+    sync(new)
     new.replace(last)
     if keep > 1:
         _alias(last, last.with_name(f"step-{step:09d}.ckpt"))
-    _sync(last.parent)
+    sync(last.parent)
     for path in _numbered(root):
         if _step(path) > step:
             path.unlink(missing_ok=True)
@@ -131,18 +132,6 @@ def _alias(path: Path, name: Path) -> None:
         os.link(path, temporary)
     except OSError:
         shutil.copyfile(path, temporary)
-        _sync(temporary)
+        sync(temporary)
     temporary.replace(name)
     temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some file systems can't for folders
-        if path.is_file():
-            raise
-    finally:
-        os.close(descriptor)

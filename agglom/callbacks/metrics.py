@@ -11,6 +11,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from agglom.whole import whole
+
 
 class RunCSVLogger(CSVLogger):
     """Lightning's CSV logger, writing DIR/metrics.csv itself and continuing a file that is there.
@@ -76,9 +78,7 @@ def drop_rows_after(path: Path, step: int) -> None:
 
 def _write(path: Path, names: list[str], rows: list[dict[str, Any]]) -> None:
     """The whole file anew; a process that is killed meanwhile leaves the old one."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with whole(path, owner="run") as scratch, scratch.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)

@@ -15,6 +15,7 @@ from agglom.errors import UserError
 from agglom.export import write_export
 from agglom.students import TimmStudent
 from agglom.teachers import Teacher, compare, manifest
+from agglom.whole import whole
 
 
 class RunDirectory(Checkpoint):
@@ -56,10 +57,8 @@ class RunDirectory(Checkpoint):
         if trainer.is_global_zero:  # alone: two processes that rewrite a file are in each other's way
             if self.resumed is not None:
                 drop_rows_after(path.with_name("metrics.csv"), self.resumed["step"])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(current, indent=2) + "\n")
-            temporary.replace(path)
+            with whole(path, owner="run") as scratch:
+                scratch.write_text(json.dumps(current, indent=2) + "\n")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

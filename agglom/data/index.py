@@ -19,6 +19,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 
 from agglom.data.addresses import is_remote, join, open_read, refuse_address, refuse_listed
 from agglom.errors import UserError, nearest
+from agglom.whole import whole
 
 FORMAT, VERSION = "agglom-shards", 1
 INDEX_NAME = "index.json"
@@ -135,11 +136,9 @@ def write_index(
         },
     }
     path = root / INDEX_NAME
-    scratch = root / f".{INDEX_NAME}.{os.getpid()}.tmp"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        with whole(path) as scratch:
+            scratch.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     except OSError as err:
         raise UserError(f"{path}: can't be written ({err.strerror or err}); choose another --out") from err
     return path

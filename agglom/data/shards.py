@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import json
 import operator
-import os
 import tarfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping
 
@@ -16,6 +14,7 @@ from PIL import Image
 
 from agglom.data.index import EXTENSIONS, ShardInfo
 from agglom.errors import UserError
+from agglom.whole import whole
 
 # lossless png and webp; jpg at a quality where blocks don't show in a 16-pixel patch
 _ENCODE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,11 +63,9 @@ def write_encoded(
         format: of tarfile; PAX_FORMAT also holds keys of more than 100 characters.
     """
     path = Path(path)
-    scratch = path.parent / f".{path.name}.{os.getpid()}.tmp"
     seen: set[str] = set()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(scratch, "w", format=format) as tar:
+        with whole(path) as scratch, tarfile.open(scratch, "w", format=format) as tar:
             for key, members in samples:
                 if key in seen:
                     raise ValueError(f"sample key {key!r} twice in {path.name}")
@@ -77,12 +74,8 @@ def write_encoded(
                     info = tarfile.TarInfo(f"{key}.{extension}")  # owner 0, time 0 by default
                     info.size, info.mode = len(data), 0o444
                     tar.addfile(info, io.BytesIO(data))
-        os.replace(scratch, path)
     except OSError as err:
         raise UserError(f"{path}: can't be written ({err.strerror or err}); choose another --out") from err
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
     return ShardInfo(path.name, len(seen))
 
 

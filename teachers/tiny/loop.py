@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agglom.data import read_index
+from agglom.whole import whole
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -181,13 +182,11 @@ def train(
 
 def save(tensors: dict[str, Tensor], path: Path, *, step: int, args: argparse.Namespace) -> None:
     """Half precision and atomic; the header says how the weights came about."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
     # one entry, for safetensors writes several in any order
     training = json.dumps({"step": step, "steps": args.steps, "seed": args.seed})
     halves = {key: value.detach().half().contiguous() for key, value in tensors.items()}
-    save_file(halves, scratch, metadata={"training": training})
-    scratch.replace(path)
+    with whole(path) as scratch:
+        save_file(halves, scratch, metadata={"training": training})
 
 
 def prepare_run(args: argparse.Namespace) -> Any:
