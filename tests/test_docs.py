@@ -181,12 +181,38 @@ def test_every_block_has_a_test():
         for block in docs_blocks.blocks(page):
             assert block.language in ("bash", "python", "yaml", ""), (page.name, block.text)
             if not block.language:
+                command = r"^(\w+=\S+ )*(agglom [a-z]+|python|pip|make) "
+                assert not re.search(command, block.text, re.MULTILINE), (page.name, block.text)
                 continue
             if block.language == "bash":
                 lines = [line for line in block.text.splitlines() if line and not line.startswith(("#", " "))]
                 words = {re.sub(r"^([A-Z_]+=\S+ )*", "", line).split()[0] for line in lines}
                 known = {"agglom", "make", "pip", "python", "torchrun", "srun", "sbatch", "source"}
                 assert words <= known, (page.name, words)
+
+
+def test_scripts_have_the_options_that_pages_give_them():
+    seen = []
+    for page in EVERYWHERE:
+        for block in docs_blocks.blocks(page, "bash"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if found := re.search(r"\bpython ((?:benchmarks|docs)/\w+\.py)(.*)", line):
+                    text = (ROOT / found[1]).read_text()
+                    options = re.findall(r"(--[\w-]+)", found[2].split("#")[0])
+                    seen += options
+                    names = [name for name in options if not re.search(rf"\b{name[2:].replace('-', '[-_]')}\b", text)]
+                    assert not names, (page.name, line)
+    assert "--seeds" in seen
+
+
+def test_finetunes_options_are_its_own():
+    from agglom.completion import tree
+
+    (branches,) = (action.choices for action in tree()._actions if isinstance(action.choices, dict))
+    lines = [line.values[0] for line in shell_lines() if line.values[0][0] == "finetune"]
+    for words in lines:
+        assert {word for word in words if word.startswith("--")} <= set(branches["finetune"]._option_string_actions)
+    assert len(lines) > 3
 
 
 def test_files_that_pages_name_exist():
