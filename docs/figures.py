@@ -1,10 +1,14 @@
 """Draws docs/data_flow.svg: the way of one batch through the demo's own objects, with the shapes that they really give.
 
-python docs/figures.py    (tests/test_docs.py compares the file with what this writes)
+python docs/figures.py              (tests/test_docs.py compares the file with what this writes)
+python docs/figures.py runs/demo    docs/report.png as well: the beginning of that run's report, by Chromium
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -152,5 +156,17 @@ def draw(found: dict[str, Any]) -> str:
     )
 
 
+def photograph(report: Path, out: Path) -> None:
+    """The first 1,040 x 1,372 pixels of a report.html as a PNG."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    if browser is None:
+        sys.exit("figures: no chromium, chromium-browser, google-chrome or chrome on PATH; install one of them")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1040,1372"]
+    command = [browser, *flags, f"--screenshot={out.resolve()}", report.resolve().as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+
 if __name__ == "__main__":
     (HERE / "data_flow.svg").write_text(draw(measured()))
+    if sys.argv[1:]:
+        photograph(Path(sys.argv[1]) / "probes" / "report.html", HERE / "report.png")

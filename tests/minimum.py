@@ -20,7 +20,8 @@ HIDDEN = "__editable__"  # agglom comes from the checkout
 TESTS = (
     "students", "teachers", "targets/test_standardize.py", "probes/test_meaning.py", "probes/test_coco_ap.py",
     "probes/test_report.py", "data/test_shards.py", "data/test_views.py", "data/test_datamodule.py", "data/test_csv.py",
-    "test_checks.py", "test_schema.py", "test_cli.py", "test_distiller.py", "test_completion.py",
+    "test_checks.py", "test_schema.py", "test_cli.py", "test_distiller.py", "test_completion.py", "test_export.py",
+    "test_timm_folder.py", "test_zero_shot.py", "probes/test_embed.py",
 )  # fmt: skip
 
 

@@ -9,15 +9,18 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from agglom import commands, data_commands
 from agglom.checks import check_config, numbers, read_yaml
@@ -248,6 +251,19 @@ def test_gallery_says_what_the_header_says(path):
 def test_figure_is_what_the_script_draws():
     figures = load(DOCS / "figures.py")
     assert (DOCS / "data_flow.svg").read_text() == figures.draw(figures.measured())
+
+
+@pytest.mark.slow
+def test_the_report_is_photographed(place, tmp_path):
+    figures, page = load(DOCS / "figures.py"), place / "runs" / "demo" / "probes" / "report.html"
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))):
+        pytest.skip("no Chromium")
+    figures.photograph(page, tmp_path / "report.png")
+    taken, kept = Image.open(tmp_path / "report.png").convert("RGB"), Image.open(DOCS / "report.png").convert("RGB")
+    assert taken.size == kept.size
+    heading = (0, 0, 1040, 70)  # what is the same in every report
+    off = np.abs(np.asarray(taken.crop(heading), int) - np.asarray(kept.crop(heading), int))
+    assert np.asarray(taken.crop(heading)).min() < 80 and (off > 64).mean() < 0.02
 
 
 class Links(HTMLParser):
