@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import yaml
 
@@ -160,6 +160,8 @@ def _meaning(config: dict[str, Any]) -> Iterator[str]:
     yield from lines
     model, data, trainer = (_section(config, key) for key in ("model", "data", "trainer"))
     yield from _steps(model, trainer)
+    seed = config.get("seed_everything")
+    yield from outside([("seed_everything", seed, lambda v: 0 <= v < 1 << 32, f"0 to {(1 << 32) - 1}")])
     yield from _ranges(model, data, trainer)
     yield from _output(trainer)
     yield from _memory(model, data)
@@ -308,15 +310,22 @@ def _ranges(model: dict[str, Any], data: dict[str, Any], trainer: dict[str, Any]
         ("trainer.log_every_n_steps", trainer.get("log_every_n_steps"), lambda v: v >= 0, ">= 0; 0 for no metrics"),
         ("trainer.val_check_interval", trainer.get("val_check_interval"), lambda v: v > 0, "> 0 steps"),
     ]
-    for key, value, fits, valid in rules:
-        if isinstance(value, (int, float)) and not fits(value):
-            yield f"{key}: {value}; valid: {valid}; change it"
+    for place, beta in enumerate(betas if isinstance(betas := model.get("betas"), (list, tuple)) else ()):
+        rules.append((f"model.betas.{place}", beta, lambda v: 0 <= v < 1, "0 <= beta < 1"))
+    yield from outside(rules)
     if isinstance(model.get("optimizer"), str):
         from timm.optim import list_optimizers
 
         known = [str(name) for name in list_optimizers()]
         if model["optimizer"] not in known:
             yield f"model.optimizer: {model['optimizer']!r}; {nearest(model['optimizer'], known)}; take one"
+
+
+def outside(rules: Iterable[tuple[str, Any, Callable[[Any], bool], str]]) -> Iterator[str]:
+    """A line for each number that doesn't fit: (key, value, fits, what would be valid)."""
+    for key, value, fits, valid in rules:
+        if isinstance(value, (int, float)) and not fits(value):
+            yield f"{key}: {value}; valid: {valid}; change it"
 
 
 def _output(trainer: dict[str, Any]) -> Iterator[str]:
@@ -360,6 +369,14 @@ def _shards(data: dict[str, Any], trainer: dict[str, Any]) -> Iterator[str]:
     sources = data.get("sources") or {}
     if data.get("follow_gap") and len(sources) < 2:
         yield "data.follow_gap: given, but there are no two data.sources; valid: null; remove it"
+    yield from outside(
+        (f"data.follow_gap.{key}", _section(data, "follow_gap").get(key), fits, valid)
+        for key, fits, valid in (
+            ("every", lambda v: v > 0, "> 0 steps"),
+            ("strength", lambda v: 0 <= v <= 1, "0 to 1"),
+            ("most", lambda v: v > 0, "> 0"),
+        )
+    )
     if not sources:
         yield from _split(data, trainer, "data.data", data["data"], {"train_split": train, "val_split": val}, train)
         return

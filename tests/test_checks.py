@@ -358,6 +358,15 @@ BROKEN = {
     "clipped below 0": ({"trainer.gradient_clip_val": -1}, ["trainer.gradient_clip_val: -1; valid: >= 0"]),
     "no batches": ({"trainer.limit_train_batches": 0}, ["trainer.limit_train_batches: 0; valid: > 0"]),
     "validation at no step": ({"trainer.val_check_interval": 0}, ["trainer.val_check_interval: 0; valid: > 0"]),
+    "seed below 0": ({"seed_everything": -1}, ["seed_everything: -1; valid: 0 to 4294967295"]),
+    "a beta of 2": ({"model.betas": [2, 0.9]}, ["model.betas.0: 2; valid: 0 <= beta < 1"]),
+    "gaps followed at no step": (
+        {
+            "data.sources": {"a": {"data": "data/scenes"}, "b": {"data": "data/scenes"}},
+            "data.follow_gap": {"every": 0},
+        },
+        ["data.follow_gap.every: 0; valid: > 0 steps"],
+    ),
     "output below a file": (
         {"trainer.default_root_dir": "data/scenes/index.json/run"},
         ["default_root_dir", "is no folder"],
