@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Mapping
 
 import numpy as np
 
 import agglom
-from agglom.errors import UserError, nearest
+from agglom.errors import UserError, brief, nearest
 from agglom.features import Backbone
 from agglom.probes.extract import Wanted, extract
 from agglom.probes.fingerprint import weights_hash
@@ -117,8 +116,11 @@ def _writer(out: Path) -> Any:
         return _npz
     if out.suffix != ".parquet":
         raise UserError(f"out: {out}; valid: a file called .npz or .parquet; name it so")
-    if find_spec("pyarrow") is None:
-        raise UserError(f"out: {out} needs pyarrow, which isn't installed; take .npz, or pip install 'agglom[parquet]'")
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as err:  # not there, or built for another numpy
+        fix = "take .npz, or pip install --upgrade 'agglom[parquet]'"
+        raise UserError(f"out: {out} needs pyarrow, which can't be imported ({brief(err)}); {fix}") from err
     return _parquet
 
 
