@@ -69,7 +69,7 @@ def test_crops_are_distributed_as_torchvision_distributes_them():
         return np.array([np.quantile(measure, [0.1, 0.25, 0.5, 0.75, 0.9]) for measure in measures])
 
     assert np.abs(quantiles(ours) - quantiles(theirs)).max() < 0.05
-    for top, left, h, w, _ in ours:
+    for top, left, h, w, *_ in ours:
         assert 0 <= top <= height - h and 0 <= left <= width - w
         assert scale[0] - 0.02 < h * w / (height * width) < scale[1] + 0.02
         assert ratio[0] - 0.03 < w / h < ratio[1] + 0.05
