@@ -92,6 +92,14 @@ def soak(data: str, steps: int, every: int, workers: int, batch: int) -> list[di
     return look.rows
 
 
+def line(rows: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """MiB that the line of least squares grows from the first row to the last, and the deviation from it."""
+    steps, mib = [row["step"] for row in rows], [row["mib"] for row in rows]
+    slope = statistics.linear_regression(steps, mib).slope
+    rest = [m - slope * s for m, s in zip(mib, steps, strict=True)]
+    return slope * (steps[-1] - steps[0]), statistics.stdev(rest)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Print what was seen; returns what --json writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -110,12 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         data = args.data or str(pictures(Path(folder) / "data", 1024))
         rows = soak(data, args.steps, max(1, args.steps // 80), args.workers, args.batch)
     settled = rows[len(rows) // 4 :]
-    steps, mib = [row["step"] for row in settled], [row["mib"] for row in settled]
-    slope = statistics.linear_regression(steps, mib).slope
-    rest = [m - slope * s for m, s in zip(mib, steps, strict=True)]
-    growth, noise = slope * (steps[-1] - steps[0]), statistics.stdev(rest)
-    level = statistics.mean(mib)
-    print(f"memory: {level:.0f} MiB, {growth:+.1f} MiB over {steps[-1] - steps[0]:.0f} steps, noise {noise:.1f} MiB")
+    growth, noise = line(settled)
+    level = statistics.mean(row["mib"] for row in settled)
+    over = settled[-1]["step"] - settled[0]["step"]
+    print(f"memory: {level:.0f} MiB, {growth:+.1f} MiB over {over:.0f} steps, noise {noise:.1f} MiB")
+    third = len(settled) // 3
+    parts = [line(settled[at * third : (at + 1) * third])[0] for at in range(3)]
+    print(f"its thirds: {', '.join(f'{part:+.1f}' for part in parts)} MiB")  # what only settles grows less and less
     counts = {key: sorted({int(row[key]) for row in settled}) for key in ("files", "threads")}
     for key, values in counts.items():
         print(f"{key}: {', '.join(map(str, values))}: {'constant' if len(values) == 1 else 'CHANGED'}")

@@ -148,7 +148,7 @@ def test_whatever_an_index_may_name_stays_inside(tmp_path_factory, file):
 
     where = join(root, file)
     assert "://" in where or os.path.normpath(where).startswith(root)
-    features = CacheIndex(root, 1, {}, 1, "fp32", 1, 0, {}, {}).path(file)
+    features = CacheIndex(root, 1, {}, 1, "fp32", 1, 0, (1, 1), {}, {}).path(file)
     assert str(features.parent) == root and "/" not in features.name
 
 
