@@ -76,6 +76,7 @@ def probe(
     size: int | None = None,
     templates: str | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> None:
     """Evaluate frozen backbones: a run's student, its teachers and a random-init student, or any models.
 
@@ -93,12 +94,14 @@ def probe(
         templates: prompts of zero-shot classification: simple, full (80 of them), or a text file with one a line; left
             out: the data's own, or simple.
         seed: of the probes.
+        device: where the models run, such as cuda or cuda:1; auto: an accelerator where there is one.
     """
     from agglom.probing import probe_models, probe_run
 
     names = [name.strip() for name in probes.split(",") if name.strip()]
     limits = {"train": train, "val": val, "test": test}
     how: dict[str, Any] = {"probes": names, "limits": limits, "size": size, "templates": templates, "seed": seed}
+    how["device"] = device
     if run is not None:
         print(probe_run(run, extra=model or [], data=data, out=out, **how))
     elif model and data and out:
@@ -115,6 +118,7 @@ def embed(
     size: int | None = None,
     limit: int | None = None,
     adaptor: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Write a model's vectors of each image of a split, with keys and labels, as .npz or .parquet.
 
@@ -128,10 +132,12 @@ def embed(
         size: pixels of a side that images are resized and cropped to; left out: they have one size already.
         limit: only the first so many images.
         adaptor: the teacher in whose space the vectors are; left out: the model's own.
+        device: where the model runs, such as cuda or cuda:1; auto: an accelerator where there is one.
     """
     from agglom.probing import embed_model
 
-    if said := embed_model(model, data, out, split=split, size=size, limit=limit, adaptor=adaptor):
+    how: dict[str, Any] = {"split": split, "size": size, "limit": limit, "adaptor": adaptor, "device": device}
+    if said := embed_model(model, data, out, **how):
         print(said)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from agglom.data import read_index
 from agglom.data.ranks import distributed
+from agglom.devices import choose
 from agglom.export import Exported, random_like, write_card
 from agglom.features import Backbone, TextTower
 from agglom.probes import run_probes, write_embeddings, write_report
@@ -28,15 +29,20 @@ def probe_run(
     size: int | None = None,
     templates: str | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> Path:
     """Probe a run's student, its teachers, a student before training, and `extra` references.
+
+    Args:
+        device: where the models run, see `agglom.devices.choose`.
 
     Returns:
         The path of report.html.
     """
-    loaded = load_run(run)
+    place, loaded = choose(device), load_run(run)
     models: dict[str, Backbone] = {STUDENT: loaded.student, **loaded.teachers}
     models |= {RANDOM: random_like(loaded.student, seed), **{ref: resolve(ref) for ref in extra}}
+    _move(models, place)
     out = Path(out or Path(run) / "probes")
     data = data or loaded.config["data"]["data"]
     run_probes(
@@ -69,13 +75,19 @@ def probe_models(
     size: int | None = None,
     templates: str | None = None,
     seed: int = 0,
+    device: str = "auto",
 ) -> Path:
     """Probe models by reference under one protocol.
+
+    Args:
+        device: where the models run, see `agglom.devices.choose`.
 
     Returns:
         The path of report.html.
     """
+    place = choose(device)
     models = {ref: resolve(ref) for ref in refs}
+    _move(models, place)
     student = next((ref for ref, model in models.items() if isinstance(model, Exported)), refs[0])
     run_probes(
         models,
@@ -94,20 +106,24 @@ def probe_models(
     return write_report(Path(out))
 
 
-def embed_model(ref: str, data: str, out: str, **options: Any) -> str:
-    """Vectors of a model by reference, computed on an accelerator where there is one.
+def embed_model(ref: str, data: str, out: str, *, device: str = "auto", **options: Any) -> str:
+    """Vectors of a model by reference.
 
     Args:
         ref, data, out, options: see `agglom.probes.write_embeddings`.
+        device: where the model runs, see `agglom.devices.choose`.
 
     Returns:
         what was written, in a line; empty in all processes but the first.
     """
-    model, (rank, world_size) = resolve(ref), distributed()
-    if torch.accelerator.is_available():
-        device = f"{torch.accelerator.current_accelerator()}:{rank % torch.accelerator.device_count()}"
-        cast(torch.nn.Module, model).to(device)
+    place, model, (rank, world_size) = choose(device), resolve(ref), distributed()
+    _move({ref: model}, place)
     return write_embeddings(model, data, out, name=ref, rank=rank, world_size=world_size, **options)
+
+
+def _move(models: Mapping[str, Backbone], place: torch.device) -> None:
+    for model in models.values():
+        cast(torch.nn.Module, model).to(place)
 
 
 def _text_towers(models: Mapping[str, Backbone]) -> dict[str, TextTower]:

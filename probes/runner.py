@@ -17,7 +17,7 @@ from agglom.errors import UserError, nearest
 from agglom.features import Backbone, TextTower
 from agglom.probes.base import Probe, Result, headline
 from agglom.probes.features import Targets
-from agglom.probes.fingerprint import tensors_of, weights_hash
+from agglom.probes.fingerprint import device_of, tensors_of, weights_hash
 from agglom.probes.measure import measure
 from agglom.probes.shown import collect
 from agglom.probes.statistics import RESAMPLES, interval
@@ -136,7 +136,11 @@ def run_probes(
             "seed": seed,
             "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "over": "test images, paired across models"},
             "versions": _versions(),
-            "device": {"cpu_threads": torch.get_num_threads(), "machine": platform.machine()},
+            "device": {
+                "cpu_threads": torch.get_num_threads(),
+                "machine": platform.machine(),
+                "models": sorted({str(device_of(model)) for model in models.values()}),
+            },
         },
         "seconds": {"extraction": round(found.extraction, 2), "probes": found.seconds},
     }

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Sequence
 
-import torch
-
 from agglom.cache.check import CACHED, with_cached
 from agglom.cache.layout import CacheIndex, Stored, read_cache_index
 from agglom.cache.write import Plan, dry_run, write_cache
 from agglom.checks import Invalid, check_config, read_yaml
 from agglom.data import read_index, view_options
 from agglom.data.ranks import distributed
+from agglom.devices import choose
 from agglom.errors import UserError, nearest
 from agglom.features import InputSpec
 from agglom.model_checks import on_meta
@@ -84,19 +83,15 @@ def _plan(
     batch: int,
     device: str,
 ) -> Plan:
-    data = content["data"]
+    data, place = content["data"], choose(device)
     shards = read_index(data["data"])
     view = view_options(data.get("view") or {})
     student, problems = on_meta(content["model"]["student"], Student)
     if student is None:
         raise Invalid([f"model.student: {line}" for line in problems])
     teachers = build_teachers({"model": {"teachers": entries}})
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        rank, _ = distributed()
-        device = "cpu" if found is None else f"{found.type}:{rank % torch.accelerator.device_count()}"
     for teacher in teachers.values():
-        teacher.to(device)
+        teacher.to(place)
     size = (data["size"], data["size"])
     grid = student.input.grid(size)
     known = manifest(teachers)
