@@ -1,10 +1,11 @@
 """Runs `agglom fit` in forked processes that die where they are told to: `driver.py JOBS.json`.
 
 A job: `args` of fit, `log`, and optionally `kill`: [place, number, seconds]. The process kills itself with SIGKILL
-that many seconds after its step of that number has begun (place "step"; "term": with SIGTERM, at once), or while it
-writes its checkpoint of that number: with half of the file written ("half"), all of it ("written"), or at the renames
-("named", "linked"). `fresh`: without this file, the job starts anew. `truncate`: a file to cut in half before. `ranks`
-and `port`: so many processes of a group. Prints how each process ended.
+that many seconds after its step of that number has begun (place "step"), or sends itself a signal at once (its name is
+the place), or is killed while it writes its checkpoint of that number: with half of the file written ("half"), all of
+it ("written"), or at the renames ("named", "linked"). `fresh`: without this file, the job starts anew. `truncate`: a
+file to cut in half before. `ranks` and `port`: so many processes of a group, started as torchrun does it, or with
+`slurm` as srun does. Prints how each process ended.
 """
 
 import json
@@ -48,9 +49,9 @@ def arm(place, number, seconds):
         die()
 
     save = torch.save
-    if place == "term":
-        term = lambda *_: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        Distiller.training_step = nth("step", Distiller.training_step, term)
+    if place.startswith("SIG"):
+        stop = lambda *_: os.kill(os.getpid(), getattr(signal, place))  # noqa: E731
+        Distiller.training_step = nth("step", Distiller.training_step, stop)
     elif place == "step":
         begin = Distiller.training_step
         Distiller.training_step = nth("step", begin, lambda *_: threading.Timer(seconds, die).start())
@@ -90,14 +91,23 @@ def run(job):
     os._exit(code)
 
 
+def torchrun(rank, ranks):
+    one = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"}
+    return {**one, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_RUN_ID": "test"}
+
+
+def srun(rank, ranks):
+    one = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": ranks, "SLURM_NTASKS_PER_NODE": ranks}
+    return {**one, **job, "SLURM_STEP_NUM_TASKS": ranks}
+
+
 def start(job, rank):
     child = os.fork()
     if child == 0:
-        if "ranks" in job:  # as torchrun starts them
-            ranks = str(job["ranks"])
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-            os.environ["TORCHELASTIC_RUN_ID"] = "test"
+        if "ranks" in job:
+            os.environ |= (srun if job.get("slurm") else torchrun)(str(rank), str(job["ranks"]))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         run(job)
     return child
 

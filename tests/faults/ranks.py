@@ -55,6 +55,15 @@ class AsOne:
 class Dropping(AsOne, TeacherDropping): ...
 
 
+class DroppingHere(TeacherDropping):
+    """Of the first half of the images all teachers but one are dropped, of the others none: so the first ranks differ
+    from the last ones."""
+
+    def uniform(self, shape, device):
+        drawn = (torch.arange(IMAGES) >= IMAGES // 2).float()
+        return drawn.expand(shape[0], IMAGES)[:, part(IMAGES)]
+
+
 class OfK(AsOne, RandomK): ...
 
 
@@ -93,7 +102,7 @@ CASES = {
     "AdaLoss": {"balance": AdaLoss},
     "Uncertainty": {"balance": partial(Uncertainty, teachers=2)},
     "TeacherDropping": {"balance": partial(Dropping, p=0.7)},
-    "TeacherDropping all others": {"balance": partial(Dropping, p=1.0)},  # some rank trains with one teacher alone
+    "TeacherDropping here": {"balance": partial(DroppingHere, p=0.5)},
     "RandomK": {"balance": partial(OfK, k=1, per="image")},
     "Identity": {"normalizer": Identity},
     "Standardize running": {"normalizer": partial(Standardize, schedule="running")},
@@ -157,7 +166,7 @@ def sharded(module, world, out, name):
     weights = [p for p in module.trained.parameters() if isinstance(p, DTensor)]
     assert weights and any(p.to_local().numel() < p.numel() for p in weights)
     whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in module.trained.state_dict().items()}
-    saved = {"trained": {k: v for k, v in whole.items() if torch.is_tensor(v)}, "balance": {}}
+    saved = {"trained": {k: v for k, v in whole.items() if torch.is_tensor(v)}, "balance": {}, "kept": None}
     torch.save(saved, f"{out}/{name}-{world}-{trainer.global_rank}.pt")
 
 
@@ -181,6 +190,7 @@ def train(name, world, out):
     if module.ema is not None:
         states["average"] = module.ema.average
     saved = {kind: {k: v for k, v in x.state_dict().items() if torch.is_tensor(v)} for kind, x in states.items()}
+    saved["kept"] = module.balance.kept_share()  # of this rank's images, in the last step
     torch.save(saved, f"{out}/{name}-{world}-{trainer.global_rank}.pt")
 
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from agglom.callbacks import checkpoint_path
+from agglom.cli import main
 
 STEPS, EVERY = 26, 3
 TIMES = ("train/images_per_s", "train/data_wait")  # the clock's, not the run's
@@ -70,11 +71,16 @@ def same(a, b, path=""):
     return [] if a == b else [path]
 
 
+def scores(root):
+    """The report's numbers of the student; its teachers are random ones here, and new in each process."""
+    return json.loads((root / "probes/report.json").read_text())["models"]["student"]
+
+
 def drive(folder, jobs, env):
     """How each process of the jobs ended."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(Path(__file__).with_name("driver.py")), str(folder / "jobs.json")]
-    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=600).stdout.split()
+    return subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=1200).stdout.split()
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["no worker", "a worker"])
@@ -145,7 +151,7 @@ def test_sixty_kills(tmp_path, scenes, one_thread):
         path.write_text(yaml.safe_dump(written))
     rng = random.Random(7)
     kills = [("step", rng.randint(1, 6), rng.uniform(0, 0.1)) for _ in range(20)]
-    kills += [("term", rng.randint(1, 4), 0) for _ in range(20)]
+    kills += [("SIGTERM", rng.randint(1, 4), 0) for _ in range(20)]
     kills += [(rng.choice(["half", "written", "named", "linked"]), 1, 0) for _ in range(20)]
     rng.shuffle(kills)
     jobs = [{"args": ["--config", str(paths["whole"])], "log": str(tmp_path / "whole.log")}]
@@ -156,18 +162,24 @@ def test_sixty_kills(tmp_path, scenes, one_thread):
         jobs.append({**job, **({"kill": kill} if kill else {})})
     codes = drive(tmp_path, jobs, one_thread)
     log = (tmp_path / "killed.log").read_text()
-    ended = ["0" if kill[0] == "term" else "-9" for kill in kills]
+    ended = ["0" if kill[0] == "SIGTERM" else "-9" for kill in kills]
     assert codes == ["0", *ended, "0"], log[-3000:]
     assert curves(tmp_path / "killed") == curves(tmp_path / "whole")
     states = [torch.load(checkpoint_path(tmp_path / name), weights_only=True) for name in ("whole", "killed")]
     assert states[0]["global_step"] == steps
     assert same(*({k: v for k, v in state.items() if k != "loops"} for state in states)) == []
     assert not [*(tmp_path / "killed").rglob("*.tmp")]
+    for name in ("whole", "killed"):
+        main(["probe", "--run", str(tmp_path / name), "--data", str(scenes), "--probes", "knn", "--size", "32"])
+    assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_ranks_go_on_with_the_same_batches_and_draws(tmp_path, scenes, one_thread):
-    """Stopped by SIGTERM within step 2, they end it and resume; one rank goes on with another order, and says so."""
+    """Stopped by SIGUSR1 within step 2, they end it and resume; one rank goes on with another order, and says so.
+
+    The uninterrupted run is started as torchrun starts ranks, the other one as SLURM does, which sends that signal.
+    """
     jobs, last = [], checkpoint_path(tmp_path / "stopped")
     for name, options in (
         ("whole", []),
@@ -184,12 +196,12 @@ def test_two_ranks_go_on_with_the_same_batches_and_draws(tmp_path, scenes, one_t
         if name != "one":
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                job |= {"ranks": 2, "port": free.getsockname()[1]}
-        jobs.append({**job, **({"kill": ["term", 2, 0]} if name == "stopped" else {})})
+                job |= {"ranks": 2, "port": free.getsockname()[1], "slurm": name != "whole"}
+        jobs.append({**job, **({"kill": ["SIGUSR1", 2, 0]} if name == "stopped" else {})})
     codes = drive(tmp_path, jobs, one_thread)
     logs = {name: (tmp_path / f"{name}.log").read_text() for name in ("whole", "stopped", "one", "resumed")}
     assert codes == ["0"] * 7, "".join(log[-3000:] for log in logs.values())
-    assert f"stopped by SIGTERM after step 2; {last} holds it" in logs["stopped"]
+    assert f"stopped by SIGUSR1 after step 2; {last} holds it" in logs["stopped"]
     assert curves(tmp_path / "stopped") == curves(tmp_path / "whole")
     one = curves(tmp_path / "one")
     assert one[-1]["step"] == "5" and one[0] not in curves(tmp_path / "whole")

@@ -1,5 +1,5 @@
 """Two and four gloo ranks end where one ends that sees all of a step's images: each adaptor, balance, normaliser and
-self-distillation objective; in some cases a rank trains with one teacher alone. And a rank that dies ends the job.
+self-distillation objective; once the first ranks train with one teacher alone. And a rank that dies ends the job.
 """
 
 import importlib.util
@@ -42,7 +42,11 @@ def trained(tmp_path_factory, one_thread):
 @pytest.mark.parametrize("name", list(RANKS.CASES))
 def test_ranks_end_where_one_ends(name, trained):
     def state(world, rank):
-        return torch.load(trained / f"{name}-{world}-{rank}.pt", weights_only=True)
+        saved = torch.load(trained / f"{name}-{world}-{rank}.pt", weights_only=True)
+        kept[world].append(saved.pop("kept"))
+        return saved
+
+    kept = {world: [] for world in RANKS.WORLDS}
 
     one = state(1, 0)
     torch.manual_seed(0)
@@ -60,6 +64,10 @@ def test_ranks_end_where_one_ends(name, trained):
             for part, tensors in state(world, rank).items():
                 for key, x in tensors.items():
                     assert torch.equal(x, first[part][key]), f"rank {rank} of {world}: {part}: {key}"
+    if name == "TeacherDropping here":
+        for world in RANKS.WORLDS[1:]:
+            shares = torch.stack(kept[world])  # (ranks, teachers)
+            assert (shares[0] == 0).sum() == 1 and (shares[-1] == 1).all(), shares
 
 
 @pytest.mark.slow
@@ -79,8 +87,9 @@ def test_the_cases_are_all_there_are():
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_other_within_a_minute(tmp_path, scenes, one_thread):
-    """With one line that says so; the checkpoint before is whole."""
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other_within_a_minute(tmp_path, scenes, one_thread, dies):
+    """With one line that says so; the checkpoint before is whole. Rank 0 keeps the address where all meet."""
     sys.path.insert(0, str(SCRIPT.parent))
     try:
         from test_killed import config
@@ -106,14 +115,13 @@ def test_a_rank_that_is_killed_ends_the_other_within_a_minute(tmp_path, scenes, 
         while not checkpoint_path(tmp_path / "run").exists():
             assert time.monotonic() < until and all(rank.poll() is None for rank in ranks)
             time.sleep(0.1)
-        ranks[1].kill()
-        assert ranks[0].wait(60) == 1
+        ranks[dies].kill()
+        assert ranks[1 - dies].wait(60) == 1
     finally:
         for rank in ranks:
             rank.kill()
-    said = (tmp_path / "0.log").read_text()
-    (line,) = [
-        line for line in said.splitlines() if line.startswith("agglom fit: rank 0 lost another rank after step ")
-    ]
+    said = (tmp_path / f"{1 - dies}.log").read_text()
+    words = f"agglom fit: rank {1 - dies} lost another rank after step "
+    (line,) = [line for line in said.splitlines() if line.startswith(words)]
     assert "--ckpt_path last goes on" in line and "Traceback" not in said
     read_checkpoint(checkpoint_path(tmp_path / "run"))
