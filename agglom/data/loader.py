@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Sequence
@@ -47,14 +48,28 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+STOPPING = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)  # Ctrl-C's and a scheduler's
+
+
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's signals reach all processes of a job; the trainer still needs batches to end its step.
+    """Signals that stop a job reach all of its processes; the trainer still needs batches to end its step.
 
     A worker is gone 15 s after a SIGTERM all the same, so that nothing that waits for it hangs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(15))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals that stop a job wait; a process that is started meanwhile lets them wait until it says otherwise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Loader(DataLoader):
@@ -95,7 +110,9 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         if isinstance(self.source, (TrainStream, Batches)):
             self.source.begin()
-        for batch in super().__iter__():
+        with _held_back():  # workers that have just been started would die of one
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, _Failure):
                 break
             if isinstance(self.source, Batches):
@@ -106,6 +123,7 @@ class Loader(DataLoader):
         # Workers end at once when their iterator dies here. Held by the traceback of the error, it dies in a garbage
         # collection, which closes the queues first, and torch waits five seconds a worker (seen with 2.14).
         self._iterator = None
+        del batches
         raise UserError(batch.message)
 
 

@@ -2,9 +2,12 @@
 
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 
@@ -246,6 +249,34 @@ def test_workers_leave_signals_to_the_trainer(root):
     for batch in itertools.islice(batches, 20):
         check_batch(batch, 4)
     assert all(worker.is_alive() for worker in workers)
+
+
+def test_signals_wait_for_workers_that_have_just_been_started(root):
+    """One that comes between a worker's start and its first own line is no end to it."""
+    data = module(root, num_workers=2, fields=("image", "cls"))
+    data.setup("fit")
+    loader = data.train_dataloader()
+    own, sent, others = loader.worker_init_fn, [], set(multiprocessing.active_children())
+
+    def slow(worker):
+        time.sleep(1)
+        own(worker)
+
+    def send():
+        while len(workers := set(multiprocessing.active_children()) - others) < 2:
+            time.sleep(0.01)
+        for worker, number in itertools.product(workers, (signal.SIGINT, signal.SIGUSR1)):
+            os.kill(worker.pid, number)
+            sent.append(number)
+
+    loader.worker_init_fn = slow
+    thread = threading.Thread(target=send)
+    thread.start()
+    for batch in itertools.islice(loader, 4):
+        check_batch(batch, 4)
+        assert len(sent) == 4
+    thread.join()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_errors_of_workers_stop_the_trainer_with_one_line(root):
