@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Mapping
@@ -17,6 +16,7 @@ from agglom.probes.extract import Wanted, extract
 from agglom.probes.fingerprint import weights_hash
 from agglom.probes.gather import ThroughModel
 from agglom.probes.source import Source
+from agglom.whole import whole
 
 ROWS = 16_384  # of a row group of Parquet; what is in memory at once
 
@@ -97,12 +97,10 @@ def write_embeddings(
         "size": size,
         "agglom": agglom.__version__,
     }
-    scratch = out.with_name(f".{out.name}.tmp")
     try:
-        write(scratch, columns, json.dumps(about))
-        os.replace(scratch, out)
+        with whole(out, owner="embed") as scratch:
+            write(scratch, columns, json.dumps(about))
     except OSError as err:
-        scratch.unlink(missing_ok=True)
         raise UserError(f"out: {out}: {err.strerror or err}; make room there or choose another place") from err
     if world_size == 1:
         shutil.rmtree(parts, ignore_errors=True)
