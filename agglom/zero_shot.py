@@ -38,7 +38,7 @@ def zero_shot(
         tower = exported.towers.get(name) or text_tower(name, exported.about["teachers"][name])
         exported.towers[name] = tower
     prompts = read_templates(templates)
-    key = (id(tower), tuple(texts), prompts)
+    key = (tower, tuple(texts), prompts)  # the tower itself: its id may be another one's once it is gone
     if exported.words[0] != key:  # the same texts for batch after batch are embedded once
         exported.words = key, classifier(tower, texts, prompts).clone()  # no longer an inference tensor
     found = exported.words[1].to(summary.device)
